@@ -1,0 +1,34 @@
+"""Fixtures shared by every test: the folder of real data and traces, found beside the checkout or named by a variable."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _shared(folder: str) -> Path:
+    root = Path(os.environ.get("TUNEMAP_SHARED", REPOSITORY.parent / "shared"))
+    path = root / folder
+    if not path.is_dir():
+        pytest.skip(f"no {path}: set TUNEMAP_SHARED to the folder that holds {folder}/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout under test."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real GSM8K, SST-2, tokenizers and model configs; skips the test where they are absent."""
+    return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def shared_traces() -> Path:
+    """Real nsys, Kineto and ncu files; skips the test where they are absent."""
+    return _shared("traces")

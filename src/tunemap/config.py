@@ -1,0 +1,334 @@
+"""The study file: every key that a study may hold, its type, its default and what it means.
+
+The JSON schema (workflow/schemas/config.schema.json) and the reference page (config/README.md) are generated
+from the classes below by `tunemap schema`; a test fails when they drift.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of a study file: unknown keys are errors, values are not coerced, instances are hashable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+class HubModel(Section):
+    """A model of the Hugging Face hub, downloaded once by `prepare_model`."""
+
+    source: Literal["hub"]
+    id: str = Field(description="Repository on the hub, such as Qwen/Qwen2.5-1.5B-Instruct.")
+    revision: str = Field("main", description="Commit, tag or branch; a commit makes the study reproducible.")
+
+
+class LocalModel(Section):
+    """A model folder in hub layout: config.json, weights, tokenizer files."""
+
+    source: Literal["local"]
+    path: str = Field(description="Folder; a relative path starts at `data_root`.")
+
+
+class RandomModel(Section):
+    """An architecture with seeded random weights: speed and memory do not depend on the weights' values."""
+
+    source: Literal["random"]
+    config: str = Field(description="Folder or config.json of the architecture, relative to `data_root`.")
+    tokenizer: str = Field(description="Folder of the tokenizer, relative to `data_root`.")
+    overrides: dict[str, int | float | str | bool] = Field(
+        default_factory=dict, description="Keys of config.json to change, such as num_hidden_layers: 2."
+    )
+    seed: NonNegativeInt = Field(0, description="Seed of the weights.")
+
+
+class TinyModel(Section):
+    """A model built and pretrained here in about a minute, accepted only with its pretraining accuracies."""
+
+    source: Literal["tiny"]
+    architecture: Literal["qwen2", "distilbert"] = Field("qwen2", description="Which tiny model to make.")
+    seed: NonNegativeInt = Field(0, description="Seed of weights and pretraining data.")
+
+
+ModelConfig = Annotated[HubModel | LocalModel | RandomModel | TinyModel, Field(discriminator="source")]
+
+
+# --- datasets ---------------------------------------------------------------------------------------------
+
+
+class DatasetConfig(Section):
+    """A task with its data: where rows come from, how many are used, how a prompt is written."""
+
+    task: Literal["arithmetic", "gsm8k", "sst2", "generation", "classification"] = Field(
+        description="What is learned. `arithmetic` is made here; `generation` and `classification` are for "
+        "your own jsonl or csv files."
+    )
+    source: Literal["made", "hub", "local", "file"] = Field(
+        description="`made` (arithmetic only), `hub` (id, revision), `local` (a folder in hub layout or with "
+        "train/test files), `file` (train_file, test_file)."
+    )
+    id: str | None = Field(None, description="Repository on the hub; needed by source hub.")
+    subset: str | None = Field(None, description="Configuration of a hub dataset, such as main for gsm8k.")
+    revision: str = Field("main", description="Commit, tag or branch of a hub dataset.")
+    path: str | None = Field(None, description="Folder of source local, relative to `data_root`.")
+    train_file: str | None = Field(None, description="jsonl, csv or tsv file of source file.")
+    test_file: str | None = Field(None, description="jsonl, csv or tsv file of source file.")
+    prompt_field: str | None = Field(None, description="Column of the prompt or text (tasks of your own).")
+    answer_field: str | None = Field(None, description="Column of the answer or label (tasks of your own).")
+    train_rows: PositiveInt | None = Field(None, description="How many training rows to use; null: all.")
+    test_rows: PositiveInt | None = Field(None, description="How many test rows to use; null: all.")
+    seed: NonNegativeInt = Field(0, description="Seed of made data, and of the choice of rows.")
+    prompt_template: str | None = Field(
+        None,
+        description="Name in `prompt_templates`; null: the tokenizer's chat template, or the bare prompt where "
+        "it has none.",
+    )
+    system_prompt: str | None = Field(None, description="System message of the chat template.")
+    accept_truncation: bool = Field(
+        False, description="Train although more than 1 % of answers or prompts are cut (reported loudly)."
+    )
+
+
+# --- methods ----------------------------------------------------------------------------------------------
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Method(Section):
+    """What all methods share: the factor values that a method brings along, such as its learning rate."""
+
+    factors: PartialFactors = Field(  # type: ignore[valid-type]
+        default_factory=lambda: PartialFactors(),
+        description="Factor values of this method, stronger than `defaults`, weaker than an experiment's.",
+    )
+
+
+class FullMethod(Method):
+    """Full fine-tuning: every parameter is trained."""
+
+    kind: Literal["full"]
+
+
+class LoraMethod(Method):
+    """Low-rank adapters through peft (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    kind: Literal["lora"]
+    rank: PositiveInt = Field(8, description="Rank r of the adapters.")
+    alpha: PositiveFloat | None = Field(None, description="Scale alpha; null: 2 × rank.")
+    dropout: Share = Field(0.0, description="Dropout in front of the adapters.")
+    target_modules: str | Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        "all-linear", description="`all-linear`, or a list of module names such as [q_proj, v_proj]."
+    )
+    adapter_dtype: Dtype = Field("float32", description="Dtype in which adapter weights are kept.")
+    rslora: bool = Field(False, description="Scale by alpha/√r (https://arxiv.org/abs/2312.03732).")
+
+
+class QloraMethod(LoraMethod):
+    """LoRA over a base model in 4 bits (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+
+    kind: Literal["qlora"]  # type: ignore[assignment]
+    quantization_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type of the base.")
+    double_quantization: bool = Field(True, description="Quantise the quantisation constants too.")
+
+
+class BaseMethod(Method):
+    """No fine-tuning at all; the row that every comparison needs, added to each experiment by itself."""
+
+    kind: Literal["base"]
+
+
+MethodConfig = Annotated[
+    FullMethod | LoraMethod | QloraMethod | BaseMethod,
+    Field(discriminator="kind"),
+]
+METHOD_CLASSES: tuple[type[Method], ...] = (FullMethod, LoraMethod, QloraMethod, BaseMethod)
+
+
+# --- factors ----------------------------------------------------------------------------------------------
+
+
+def _factor(default: Any, description: str, scope: Literal["train", "evaluate"] = "train") -> Any:
+    return Field(default, description=description, json_schema_extra={"scope": scope})
+
+
+class Factors(Section):
+    """Every knob of a run besides its model, dataset and method."""
+
+    strategy: Literal["single", "ddp", "fsdp", "hybrid"] = _factor(
+        "single", "How the run is spread over devices; `fsdp` shards per transformer block."
+    )
+    gpus: PositiveInt = _factor(1, "Number of devices, one process each (processes where there is no GPU).")
+    per_device_batch_size: PositiveInt = _factor(8, "Examples per device and micro-batch (rows if packed).")
+    gradient_accumulation: PositiveInt = _factor(1, "Micro-batches per optimizer step.")
+    max_length: PositiveInt = _factor(512, "Longest sequence in tokens, prompt and answer together.")
+    batching: Literal["longest", "length_grouped", "fixed_length", "packed"] = _factor(
+        "longest",
+        "`longest`: pad to the longest of the batch; `length_grouped`: the same with similar lengths together; "
+        "`fixed_length`: pad to max_length; `packed`: several whole examples per row, kept apart by position ids.",
+    )
+    precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = _factor(
+        "fp32",
+        "`bf16`/`fp16`: autocast, trained weights in fp32, frozen weights in 16 bits; `pure_bf16`: weights, "
+        "gradients and optimizer states in bfloat16, no autocast.",
+    )
+    gradient_checkpointing: bool = _factor(False, "Recompute activations in the backward pass.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = _factor("sdpa", "Attention implementation.")
+    compile: bool = _factor(False, "Compile the model with torch.compile.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = _factor(
+        "adamw", "`adamw` is torch's fused AdamW; the others are bitsandbytes'."
+    )
+    learning_rate: PositiveFloat = _factor(1e-4, "Peak learning rate.")
+    weight_decay: NonNegativeFloat = _factor(0.0, "Decoupled weight decay.")
+    schedule: Literal["constant", "linear", "cosine"] = _factor(
+        "linear", "Learning-rate schedule; its horizon is the real number of steps."
+    )
+    warmup_steps: NonNegativeInt = _factor(0, "Steps of linear learning-rate warm-up.")
+    max_grad_norm: PositiveFloat | None = _factor(1.0, "Clip the gradient's global norm; null: no clipping.")
+    max_steps: PositiveInt | None = _factor(None, "Stop after so many optimizer steps; null: epochs decide.")
+    epochs: PositiveFloat | None = _factor(1.0, "Passes over the training rows; null: max_steps decides.")
+    seed: NonNegativeInt = _factor(0, "Seed of adapters, data order and dropout; set by `seeds`.")
+    threads_per_process: PositiveInt = _factor(1, "CPU threads of each process; changes the last bits.")
+    measurement_warmup_steps: NonNegativeInt = _factor(
+        5, "First steps that are trained but not counted in step time and throughput."
+    )
+    logging_steps: PositiveInt = _factor(10, "Steps per logging window; losses are read once per window.")
+    checkpoint_steps: PositiveInt | None = _factor(None, "Steps between checkpoints; null: one a minute.")
+    time_limit_minutes: PositiveFloat | None = _factor(None, "A longer run ends with the outcome `timeout`.")
+    evaluation_batch_size: PositiveInt = _factor(64, "Prompts per batch of generation.", "evaluate")
+    max_new_tokens: PositiveInt | None = _factor(
+        None, "Generation limit in tokens; null: as long as the longest reference answer.", "evaluate"
+    )
+
+
+def _scope(field: str) -> str:
+    extra = Factors.model_fields[field].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["scope"])
+
+
+EVALUATION_FACTORS = frozenset(name for name in Factors.model_fields if _scope(name) == "evaluate")
+CHOICES = ("model", "dataset", "method")  # factors whose value is a name in the study
+
+
+def _annotated(field: Any) -> Any:
+    annotation = field.annotation
+    return Annotated[annotation, *field.metadata] if field.metadata else annotation
+
+
+def _partial(name: str, doc: str, names: dict[str, tuple[Any, str | None]], lists: bool) -> type[Section]:
+    """A section in which every given key is optional; with `lists`, each key holds a list of values."""
+    fields: dict[str, Any] = {}
+    for key, (annotation, description) in names.items():
+        kind = Annotated[list[annotation], Field(min_length=1)] if lists else annotation
+        fields[key.replace(".", "__")] = (kind, Field(default=None, alias=key, description=description))
+    model = create_model(name, __base__=Section, **fields)
+    model.__doc__ = doc
+    return model
+
+
+def given(section: BaseModel) -> dict[str, Any]:
+    """The keys that were written in the file, by the name they have there (unset ones are left out)."""
+    names = {field: info.alias or field for field, info in type(section).model_fields.items()}
+    return {names[field]: getattr(section, field) for field in names if field in section.model_fields_set}
+
+
+_FACTOR_TYPES: dict[str, tuple[Any, str | None]] = {
+    name: (_annotated(field), field.description) for name, field in Factors.model_fields.items()
+}
+PartialFactors = _partial("PartialFactors", "Some factors with their values.", _FACTOR_TYPES, lists=False)
+for _class in METHOD_CLASSES:
+    _class.model_rebuild()
+
+_PARAMETER_TYPES: dict[str, tuple[Any, str | None]] = {
+    f"method.{name}": (_annotated(field), field.description)
+    for method in METHOD_CLASSES
+    for name, field in method.model_fields.items()
+    if name not in ("kind", "factors")
+}
+METHOD_PARAMETERS = tuple(_PARAMETER_TYPES)  # `method.rank` and its kind: an experiment may fix or vary them
+
+_CHOICE_TYPES: dict[str, tuple[Any, str | None]] = {
+    choice: (str, f"Name of a {choice} of this study.") for choice in CHOICES
+}
+_POINT_TYPES = _CHOICE_TYPES | _FACTOR_TYPES | _PARAMETER_TYPES
+Fixed = _partial(
+    "Fixed", "Factors that are the same in all runs of an experiment.", _POINT_TYPES, lists=False
+)
+_VARY_TYPES = {name: kind for name, kind in _POINT_TYPES.items() if name != "seed"}
+Vary = _partial("Vary", "Factors to vary: the runs are all combinations.", _VARY_TYPES, lists=True)
+Match = dict[str, Any]
+
+
+# --- the study --------------------------------------------------------------------------------------------
+
+
+class Experiment(Section):
+    """A named question: fixed factors, a grid of varied ones, and the seeds that repeat it."""
+
+    name: Name = Field(description="Name of the experiment; unique in the study.")
+    question: str = Field(description="The question that its table and figure answer.")
+    fixed: Fixed = Field(default_factory=lambda: Fixed(), description="Factors equal in all its runs.")  # type: ignore[valid-type]
+    vary: Vary = Field(default_factory=lambda: Vary(), description="Factors with lists of values; full grid.")  # type: ignore[valid-type]
+    seeds: list[NonNegativeInt] = Field(
+        [0], min_length=1, description="Each point is repeated with each seed."
+    )
+    exclude: list[Match] = Field(
+        default_factory=list, description="Points to leave out: factor: value, or factor: [values]."
+    )
+    only: list[Match] = Field(
+        default_factory=list, description="If given, only points that match one of these."
+    )
+
+
+class Hardware(Section):
+    """The machine that the study runs on."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: CUDA where there is a GPU.")
+    description: str | None = Field(
+        None, description="Name of a file in resources/hardware, for memory limits, peaks and prices."
+    )
+
+
+class Report(Section):
+    """How the report reads; nothing here reruns anything but the report."""
+
+    title: str | None = Field(None, description="Heading of the report; null: the study's name.")
+    introduction: str | None = Field(None, description="A paragraph below the heading.")
+    baseline_method: str | None = Field(
+        None, description="Method that others are compared with; null: the first."
+    )
+
+
+class Study(Section):
+    """One study file."""
+
+    study: Name = Field(description="Name of the study; its results lie in results/STUDY/.")
+    data_root: str | None = Field(
+        None,
+        description="Where relative paths of models and datasets start; ~ and $VARIABLES are expanded. "
+        "Null: the working directory.",
+    )
+    models: dict[Name, ModelConfig] = Field(min_length=1, description="Models by name.")
+    datasets: dict[Name, DatasetConfig] = Field(min_length=1, description="Datasets by name.")
+    prompt_templates: dict[Name, str] = Field(
+        default_factory=dict, description="Templates by name; {prompt} stands for the question."
+    )
+    methods: dict[Name, MethodConfig] = Field(min_length=1, description="Fine-tuning methods by name.")
+    defaults: Fixed = Field(  # type: ignore[valid-type]
+        default_factory=lambda: Fixed(), description="Factor values of all runs unless set elsewhere."
+    )
+    experiments: list[Experiment] = Field(min_length=1, description="The questions of the study.")
+    hardware: Hardware = Field(default_factory=lambda: Hardware(), description="The machine.")
+    report: Report = Field(default_factory=lambda: Report(), description="The report.")

@@ -144,16 +144,14 @@ class QloraMethod(LoraMethod):
 
 
 class BaseMethod(Method):
-    """No fine-tuning at all; the row that every comparison needs, added to each experiment by itself."""
+    """No fine-tuning at all: the row that every comparison needs. Each experiment gets it without asking."""
 
     kind: Literal["base"]
 
 
-MethodConfig = Annotated[
-    FullMethod | LoraMethod | QloraMethod | BaseMethod,
-    Field(discriminator="kind"),
-]
-METHOD_CLASSES: tuple[type[Method], ...] = (FullMethod, LoraMethod, QloraMethod, BaseMethod)
+BASE_METHOD = "base"  # the reserved name of the row without fine-tuning
+MethodConfig = Annotated[FullMethod | LoraMethod | QloraMethod, Field(discriminator="kind")]
+METHOD_CLASSES: tuple[type[Method], ...] = (FullMethod, LoraMethod, QloraMethod)
 
 
 # --- factors ----------------------------------------------------------------------------------------------
@@ -248,7 +246,7 @@ _FACTOR_TYPES: dict[str, tuple[Any, str | None]] = {
     name: (_annotated(field), field.description) for name, field in Factors.model_fields.items()
 }
 PartialFactors = _partial("PartialFactors", "Some factors with their values.", _FACTOR_TYPES, lists=False)
-for _class in METHOD_CLASSES:
+for _class in (*METHOD_CLASSES, BaseMethod):
     _class.model_rebuild()
 
 _PARAMETER_TYPES: dict[str, tuple[Any, str | None]] = {
@@ -262,12 +260,12 @@ METHOD_PARAMETERS = tuple(_PARAMETER_TYPES)  # `method.rank` and its kind: an ex
 _CHOICE_TYPES: dict[str, tuple[Any, str | None]] = {
     choice: (str, f"Name of a {choice} of this study.") for choice in CHOICES
 }
-_POINT_TYPES = _CHOICE_TYPES | _FACTOR_TYPES | _PARAMETER_TYPES
-Fixed = _partial(
-    "Fixed", "Factors that are the same in all runs of an experiment.", _POINT_TYPES, lists=False
-)
-_VARY_TYPES = {name: kind for name, kind in _POINT_TYPES.items() if name != "seed"}
-Vary = _partial("Vary", "Factors to vary: the runs are all combinations.", _VARY_TYPES, lists=True)
+_SHARED_TYPES = _CHOICE_TYPES | {name: kind for name, kind in _FACTOR_TYPES.items() if name != "seed"}
+_POINT_TYPES = _SHARED_TYPES | _PARAMETER_TYPES
+Defaults = _partial("Defaults", "Factors of all runs unless set elsewhere.", _SHARED_TYPES, lists=False)
+Fixed = _partial("Fixed", "Factors that are the same in all runs of an experiment.", _POINT_TYPES, lists=False)
+Vary = _partial("Vary", "Factors to vary: the runs are all combinations.", _POINT_TYPES, lists=True)
+POINT_KEYS = (*_POINT_TYPES, "seed")  # what `exclude` and `only` may name
 Match = dict[str, Any]
 
 
@@ -281,15 +279,11 @@ class Experiment(Section):
     question: str = Field(description="The question that its table and figure answer.")
     fixed: Fixed = Field(default_factory=lambda: Fixed(), description="Factors equal in all its runs.")  # type: ignore[valid-type]
     vary: Vary = Field(default_factory=lambda: Vary(), description="Factors with lists of values; full grid.")  # type: ignore[valid-type]
-    seeds: list[NonNegativeInt] = Field(
-        [0], min_length=1, description="Each point is repeated with each seed."
-    )
+    seeds: list[NonNegativeInt] = Field([0], min_length=1, description="Each point is repeated with each seed.")
     exclude: list[Match] = Field(
         default_factory=list, description="Points to leave out: factor: value, or factor: [values]."
     )
-    only: list[Match] = Field(
-        default_factory=list, description="If given, only points that match one of these."
-    )
+    only: list[Match] = Field(default_factory=list, description="If given, only points that match one of these.")
 
 
 class Hardware(Section):
@@ -306,9 +300,7 @@ class Report(Section):
 
     title: str | None = Field(None, description="Heading of the report; null: the study's name.")
     introduction: str | None = Field(None, description="A paragraph below the heading.")
-    baseline_method: str | None = Field(
-        None, description="Method that others are compared with; null: the first."
-    )
+    baseline_method: str | None = Field(None, description="Method that others are compared with; null: the first.")
 
 
 class Study(Section):
@@ -326,8 +318,8 @@ class Study(Section):
         default_factory=dict, description="Templates by name; {prompt} stands for the question."
     )
     methods: dict[Name, MethodConfig] = Field(min_length=1, description="Fine-tuning methods by name.")
-    defaults: Fixed = Field(  # type: ignore[valid-type]
-        default_factory=lambda: Fixed(), description="Factor values of all runs unless set elsewhere."
+    defaults: Defaults = Field(  # type: ignore[valid-type]
+        default_factory=lambda: Defaults(), description="Factor values of all runs unless set elsewhere."
     )
     experiments: list[Experiment] = Field(min_length=1, description="The questions of the study.")
     hardware: Hardware = Field(default_factory=lambda: Hardware(), description="The machine.")

@@ -1,0 +1,359 @@
+"""From experiments to runs: every combination that a study asks for, each value with the place it came from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tunemap.config import (
+    BASE_METHOD,
+    CHOICES,
+    EVALUATION_FACTORS,
+    POINT_KEYS,
+    BaseMethod,
+    Experiment,
+    Factors,
+    LoraMethod,
+    Method,
+    QloraMethod,
+    Study,
+    TinyModel,
+    given,
+)
+from tunemap.errors import unknown_key
+from tunemap.run import Run, digest
+
+LONGEST_ID = 200  # file names end at 255 bytes; suffixes and temporary names need the rest
+
+
+@dataclass(frozen=True)
+class PlannedExperiment:
+    """An experiment with the ids of its runs, in the order of its grid."""
+
+    name: str
+    question: str
+    vary: tuple[str, ...]
+    runs: tuple[str, ...]
+    base_runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a study, what each experiment uses of them, and where each value came from."""
+
+    study: Study
+    experiments: tuple[PlannedExperiment, ...]
+    runs: dict[str, Run]
+    provenance: dict[str, dict[str, str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values; contains everything that tables, figures and the report need of the study."""
+        study = self.study.model_dump(mode="json")
+        return {
+            "study": study["study"],
+            "data_root": study["data_root"],
+            "report": study["report"],
+            "hardware": study["hardware"],
+            "prompt_templates": study["prompt_templates"],
+            "experiments": [
+                {
+                    "name": experiment.name,
+                    "question": experiment.question,
+                    "vary": list(experiment.vary),
+                    "runs": list(experiment.runs),
+                    "base_runs": list(experiment.base_runs),
+                }
+                for experiment in self.experiments
+            ],
+            "runs": {
+                name: run.evaluation_spec()
+                | {
+                    "digest": run.training_digest,
+                    "evaluation_digest": run.evaluation_digest,
+                    "provenance": self.provenance[name],
+                }
+                for name, run in self.runs.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Point:
+    """A combination of an experiment before its run is built."""
+
+    values: dict[str, Any]  # factors, choices and `method.*` parameters
+    provenance: dict[str, str]
+
+
+def plan_study(study: Study) -> tuple[Plan, list[str]]:
+    """Expand all experiments; returns the plan and every problem found (an empty list: the study can run)."""
+    runs: dict[str, Run] = {}
+    provenance: dict[str, dict[str, str]] = {}
+    experiments: list[PlannedExperiment] = []
+    problems: list[str] = _wrong_names(study)
+    for experiment in study.experiments:
+        if not _names_exist(study, experiment):
+            continue
+        planned, found = _expand(study, experiment)
+        problems += found
+        base: list[Run] = []
+        for run, origin in planned:
+            if runs.setdefault(run.id, run) != run:
+                problems.append(
+                    f"experiment {experiment.name}: two different runs would be called {run.id}; rename one"
+                )
+            provenance.setdefault(run.id, origin)
+            base.append(_base_run(run))
+        for run in base:
+            runs.setdefault(run.id, run)
+            provenance.setdefault(run.id, {"method": "added: the row without fine-tuning"})
+        experiments.append(
+            PlannedExperiment(
+                name=experiment.name,
+                question=experiment.question,
+                vary=tuple(given(experiment.vary)),
+                runs=tuple(dict.fromkeys(run.id for run, _ in planned)),
+                base_runs=tuple(dict.fromkeys(run.id for run in base)),
+            )
+        )
+    return Plan(study, tuple(experiments), runs, provenance), problems
+
+
+def _named(study: Study, experiment: Experiment) -> Iterator[tuple[str, str, str]]:
+    """Each model, dataset and method that an experiment names, as (place, choice, name)."""
+    for place, values in (("defaults", study.defaults), ("fixed", experiment.fixed), ("vary", experiment.vary)):
+        for choice, names in given(values).items():
+            if choice in CHOICES:
+                for name in names if isinstance(names, list) else [names]:
+                    yield place, choice, name
+
+
+def _declared(study: Study, choice: str) -> dict[str, Any]:
+    declared: dict[str, dict[str, Any]] = {
+        "model": dict(study.models),
+        "dataset": dict(study.datasets),
+        "method": dict(study.methods),
+    }
+    return declared[choice]
+
+
+def _names_exist(study: Study, experiment: Experiment) -> bool:
+    names_known = all(name in _declared(study, choice) for _, choice, name in _named(study, experiment))
+    templates = [dataset.prompt_template for dataset in study.datasets.values()]
+    return names_known and all(template is None or template in study.prompt_templates for template in templates)
+
+
+def _wrong_names(study: Study) -> list[str]:
+    """Names that are used and not declared, or declared twice, or reserved."""
+    problems = []
+    for experiment in study.experiments:
+        for place, choice, name in _named(study, experiment):
+            known = _declared(study, choice)
+            if name not in known:
+                where = place if place == "defaults" else f"experiment {experiment.name}: {place}"
+                problems.append(f"{where}: unknown {choice} '{name}'; declared: {', '.join(known)}")
+    for dataset_name, dataset in study.datasets.items():
+        template = dataset.prompt_template
+        if template is not None and template not in study.prompt_templates:
+            known = ", ".join(study.prompt_templates) or "none"
+            problems.append(f"datasets.{dataset_name}: unknown prompt_template '{template}'; declared: {known}")
+    if BASE_METHOD in study.methods:
+        problems.append(f"methods.{BASE_METHOD}: the name is reserved for the row without fine-tuning; choose another")
+    baseline = study.report.baseline_method
+    if baseline is not None and baseline not in study.methods:
+        problems.append(f"report.baseline_method: unknown method '{baseline}'; declared: {', '.join(study.methods)}")
+    names = [experiment.name for experiment in study.experiments]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"experiments: the name '{name}' is used {names.count(name)} times; names are unique")
+    return list(dict.fromkeys(problems))
+
+
+def _expand(study: Study, experiment: Experiment) -> tuple[list[tuple[Run, dict[str, str]]], list[str]]:
+    """The runs of one experiment with provenance, and its problems (each names the experiment)."""
+    where = f"experiment {experiment.name}"
+    problems: list[str] = []
+    fixed, vary = given(experiment.fixed), given(experiment.vary)
+    for key in sorted(set(fixed) & set(vary)):
+        problems.append(f"{where}: '{key}' is both in fixed and in vary; keep one")
+    for key, values in vary.items():
+        if len({repr(value) for value in values}) < len(values):
+            problems.append(f"{where}: vary.{key} holds a value twice: {values}")
+    points = list(_points(study, experiment))
+    for choice in CHOICES:
+        if any(choice not in point.values for point in points):
+            problems.append(f"{where}: no {choice} given; set it in defaults, fixed or vary")
+    for key in [key for key in [*fixed, *vary] if key.startswith("method.")]:
+        if not any(key in point.values for point in points):
+            methods = ", ".join(
+                dict.fromkeys(str(point.values["method"]) for point in points if "method" in point.values)
+            )
+            problems.append(
+                f"{where}: none of its methods ({methods}) has the parameter '{key.removeprefix('method.')}'"
+            )
+    if problems:
+        return [], problems
+    kept = [point for point in points if _wanted(point, experiment)]
+    for rule, matches in (("exclude", experiment.exclude), ("only", experiment.only)):
+        for match in matches:
+            unknown = [key for key in match if key not in POINT_KEYS]
+            if unknown:
+                problems += [f"{where}: {rule}: {unknown_key(key, POINT_KEYS)}" for key in unknown]
+            elif not any(_matches(point, match) for point in points):
+                problems.append(f"{where}: {rule} {match} matches no point of the grid")
+    if not kept and not problems:
+        problems.append(f"{where}: exclude and only leave no run")
+    planned = []
+    for point in kept:
+        run = _build(study, point)
+        reasons = reasons_against(run, point.values)
+        problems += [f"{where}: {_varied(point, experiment)}: {reason}" for reason in reasons]
+        planned.append((run, point.provenance))
+    return planned, list(dict.fromkeys(problems))
+
+
+def _points(study: Study, experiment: Experiment) -> Iterator[Point]:
+    defaults, fixed, vary = given(study.defaults), given(experiment.fixed), given(experiment.vary)
+    for combination in itertools.product(*vary.values()):
+        varied = dict(zip(vary, combination, strict=True))
+        method_name = (defaults | fixed | varied).get("method")
+        method = study.methods.get(method_name) if isinstance(method_name, str) else None
+        layers = [
+            ("built-in default", Factors().model_dump()),
+            ("defaults", defaults),
+            (f"method {method_name}", given(method.factors) if method else {}),
+            ("fixed", fixed),
+            ("vary", varied),
+        ]
+        for seed in experiment.seeds:
+            values: dict[str, Any] = {}
+            provenance: dict[str, str] = {}
+            for origin, layer in [*layers, ("seeds", {"seed": seed})]:
+                values |= layer
+                provenance |= dict.fromkeys(layer, origin)
+            if method is not None:  # a parameter that the method does not have is no factor of this point
+                known = {f"method.{name}" for name in type(method).model_fields}
+                for key in [key for key in values if key.startswith("method.") and key not in known]:
+                    del values[key], provenance[key]
+            yield Point(values, provenance)
+
+
+def _matches(point: Point, match: dict[str, Any]) -> bool:
+    return all(
+        key in point.values and point.values[key] in (wanted if isinstance(wanted, list) else [wanted])
+        for key, wanted in match.items()
+    )
+
+
+def _wanted(point: Point, experiment: Experiment) -> bool:
+    if any(_matches(point, match) for match in experiment.exclude):
+        return False
+    return not experiment.only or any(_matches(point, match) for match in experiment.only)
+
+
+def _varied(point: Point, experiment: Experiment) -> str:
+    keys = [*given(experiment.vary)] or ["method"]
+    return ", ".join(f"{key}={point.values.get(key)}" for key in keys)
+
+
+def _build(study: Study, point: Point) -> Run:
+    values = point.values
+    definition = study.methods[values["method"]]
+    parameters = {key.removeprefix("method."): value for key, value in values.items() if key.startswith("method.")}
+    method = type(definition).model_validate(definition.model_dump(exclude={"factors"}) | parameters)
+    dataset = study.datasets[values["dataset"]]
+    template = study.prompt_templates[dataset.prompt_template] if dataset.prompt_template else None
+    run = Run(
+        id="",
+        model_name=values["model"],
+        model=study.models[values["model"]],
+        dataset_name=values["dataset"],
+        dataset=dataset,
+        method_name=values["method"],
+        method=method,
+        prompt_template=template,
+        factors=Factors(**{name: values[name] for name in Factors.model_fields}),
+    )
+    return run.model_copy(update={"id": _run_id(study, run, definition)})
+
+
+def _run_id(study: Study, run: Run, definition: Method) -> str:
+    """Names of model, dataset and method, then each value that this run has and the study's defaults do not."""
+    usual = Factors().model_dump() | given(study.defaults) | given(definition.factors)
+    parts = [run.model_name, run.dataset_name, run.method_name]
+    for name in type(definition).model_fields:
+        if name == "factors":
+            continue
+        value = getattr(run.method, name)
+        if value != getattr(definition, name):
+            parts.append(f"{name}-{_readable(value)}")
+    for name, value in run.factors.model_dump().items():
+        if name != "seed" and value != usual[name]:
+            parts.append(f"{name}-{_readable(value)}")
+    readable = ".".join([*parts, f"seed-{run.factors.seed}"])
+    if len(readable) > LONGEST_ID:
+        readable = f"{readable[: LONGEST_ID - 17]}-{run.evaluation_digest}"
+    return readable
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "+".join(map(_readable, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else f"{value}"
+
+
+def _base_run(run: Run) -> Run:
+    """The row without fine-tuning that belongs to `run`: same model, data, precision and evaluation."""
+    kept = {"max_length", "precision", "attention", "threads_per_process", *EVALUATION_FACTORS}
+    factors = Factors(**{name: getattr(run.factors, name) for name in kept})
+    base = run.model_copy(
+        update={"id": "", "method_name": BASE_METHOD, "method": BaseMethod(kind="base"), "factors": factors}
+    )
+    name = f"{run.model_name}.{run.dataset_name}.{BASE_METHOD}"
+    usual = Factors()
+    differing = [
+        f"{key}-{_readable(getattr(factors, key))}"
+        for key in Factors.model_fields
+        if key in kept - {"max_length", "threads_per_process"} and getattr(factors, key) != getattr(usual, key)
+    ]
+    return base.model_copy(update={"id": ".".join([name, f"max_length-{factors.max_length}", *differing])})
+
+
+def reasons_against(run: Run, values: dict[str, Any]) -> list[str]:
+    """Why a combination cannot run or would not mean what it says; empty where nothing stands against it."""
+    factors, reasons = run.factors, []
+    if factors.strategy == "single" and factors.gpus != 1:
+        reasons.append(f"strategy single uses one device, gpus is {factors.gpus}; use ddp, fsdp or hybrid")
+    if factors.strategy == "hybrid" and (factors.gpus < 4 or factors.gpus % 2):
+        reasons.append(f"strategy hybrid needs an even number of at least 4 devices, gpus is {factors.gpus}")
+    if factors.max_steps is None and factors.epochs is None:
+        reasons.append("max_steps and epochs are both null; one of them must end the training")
+    if factors.max_steps is not None and factors.warmup_steps >= factors.max_steps:
+        reasons.append(f"warmup_steps {factors.warmup_steps} leaves nothing of max_steps {factors.max_steps}")
+    if factors.max_steps is not None and factors.measurement_warmup_steps >= factors.max_steps:
+        reasons.append(
+            f"measurement_warmup_steps {factors.measurement_warmup_steps} leaves no step of max_steps "
+            f"{factors.max_steps} to measure"
+        )
+    if factors.attention == "flash_attention_2" and factors.precision == "fp32":
+        reasons.append("flash_attention_2 has no fp32 kernels; use precision bf16, fp16 or pure_bf16")
+    if run.task_kind == "classification" and factors.batching == "packed":
+        reasons.append("packed rows hold several examples, a classifier gives one answer per row")
+    if isinstance(run.model, TinyModel):
+        wanted = "classification" if run.model.architecture == "distilbert" else "generation"
+        if run.task_kind != wanted:
+            reasons.append(f"the tiny {run.model.architecture} is made for {wanted}, {run.dataset.task} is not")
+    if isinstance(run.method, QloraMethod) and factors.precision == "fp16" and run.method.adapter_dtype == "float16":
+        reasons.append("the gradient scaler of fp16 needs adapter_dtype float32")
+    if isinstance(run.method, LoraMethod) and factors.precision == "fp32" and run.method.adapter_dtype != "float32":
+        reasons.append(f"precision fp32 with adapter_dtype {run.method.adapter_dtype} is not fp32")
+    if not math.isfinite(factors.learning_rate):
+        reasons.append("learning_rate is not a finite number")
+    return reasons
+
+
+def study_digest(plan: Plan) -> str:
+    """Digest of all runs and experiments of a plan."""
+    return digest(plan.to_dict())

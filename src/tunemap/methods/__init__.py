@@ -1,0 +1,1 @@
+"""Fine-tuning methods: full, the LoRA family, GoRA, and any PEFT type by name."""

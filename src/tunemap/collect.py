@@ -1,0 +1,405 @@
+"""From the result files of a study to its tables: every planned run is a row, however it ended.
+
+    results/STUDY/runs/RUN/outcome.json, steps.csv        what training wrote
+    results/STUDY/evaluations/RUN/evaluation.json, predictions.jsonl
+    results/STUDY/tables/runs.csv          one row per run, in the plan's order
+    results/STUDY/tables/experiments.csv   which run belongs to which experiment
+    results/STUDY/tables/points.csv        one row per experiment and point: all factors but the seed
+    results/STUDY/tables/comparisons.csv   each point of an experiment against its baseline
+    results/STUDY/tables/gates.csv         every validity gate of every run and comparison
+    results/STUDY/tables/losses.csv        loss curves, thinned for drawing
+
+A result that belongs to another plan is refused; a missing or broken file is a row with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tunemap.errors import UserError
+from tunemap.files import read_json, write_atomic
+from tunemap.report import tables
+
+OUTCOMES = ("ok", "oom", "timeout", "error", "invalid", "unsupported")  # of a run; collect adds `missing`
+MEASUREMENTS = (
+    "tokens_per_second",
+    "samples_per_second",
+    "label_tokens_per_second",
+    "padded_tokens_per_second",
+    "seconds_per_10k_tokens",
+    "steps",
+    "measured_steps",
+    "step_time_mean_s",
+    "step_time_sd_s",
+    "step_time_cv",
+    "step_time_median_s",
+    "step_time_p95_s",
+    "data_time_mean_s",
+    "forward_time_mean_s",
+    "backward_time_mean_s",
+    "optimizer_time_mean_s",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "end_allocated_bytes",
+    "driver_process_bytes",
+    "host_rss_peak_bytes",
+    "parameters_bytes",
+    "gradients_bytes",
+    "optimizer_bytes",
+    "activations_bytes",
+    "other_bytes",
+    "train_loss",
+    "trainable_parameters",
+    "total_parameters",
+    "adapter_parameters",
+    "head_parameters",
+    "load_time_s",
+    "compile_time_s",
+    "estimation_time_s",
+    "train_time_s",
+    "checkpoint_time_s",
+    "save_time_s",
+    "wall_time_s",
+    "tokens",
+    "samples",
+    "data_order_hash",
+)
+EVALUATION = ("task", "task_kind", "split", "metric", "correct", "accuracy", "accuracy_low", "accuracy_high")
+EVALUATION_DETAILS = ("accuracy_flexible", "malformed_share", "truncated_share", "evaluation_time_s")
+LOSS_ROWS = 300  # rows per run in losses.csv; a longer curve is averaged over windows of steps
+MEMORY_PREDICTION_TOLERANCE = 0.10  # predicted against measured peak memory
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a study; every field is a file `tables/{field}.csv`."""
+
+    runs: pd.DataFrame
+    experiments: pd.DataFrame
+    points: pd.DataFrame
+    comparisons: pd.DataFrame
+    gates: pd.DataFrame
+    losses: pd.DataFrame
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def collect(plan_path: Path, results_dir: Path) -> Tables:
+    """Read every result that the plan names and build all tables; `results_dir` is results/STUDY.
+
+    Raises UserError where a result's digest is not the plan's.
+    """
+    plan = read_json(plan_path)
+    _refuse_foreign_results(plan, results_dir)
+    losses, results = [], {}
+    for run, planned in plan["runs"].items():
+        result = _read_run(run, planned, results_dir)
+        curve, problem = _read_losses(results_dir / "runs" / run / "steps.csv")
+        if problem and result.outcome == "ok" and not result.is_base:
+            result = replace(result, gates=(*result.gates, _gate("steps_file", problem)))
+        if curve is not None:
+            curve.insert(0, "run", run)
+            losses.append(curve)
+        results[run] = _apply_gates(result)
+    points, comparisons, comparison_gates = tables.compare(plan, results)
+    memberships: dict[str, list[str]] = {run: [] for run in results}
+    for experiment, run in _memberships(plan):
+        memberships[run].append(experiment)
+    return Tables(
+        runs=_frame([_run_row(result, memberships[run]) for run, result in results.items()]),
+        experiments=pd.DataFrame(_memberships(plan), columns=["experiment", "run"]),
+        points=_frame(points, tables.POINT_COLUMNS),
+        comparisons=_frame(comparisons, tables.COMPARISON_COLUMNS),
+        gates=_frame([*_run_gates(results), *comparison_gates], tables.GATE_COLUMNS),
+        losses=pd.concat(losses) if losses else pd.DataFrame(columns=["run", *LOSS_COLUMNS]),
+    )
+
+
+def _refuse_foreign_results(plan: dict[str, Any], results_dir: Path) -> None:
+    """A result that was made from other settings must never stand under this plan's names."""
+    problems = []
+    for run, planned in plan["runs"].items():
+        for path, key, expected in (
+            (results_dir / "runs" / run / "outcome.json", "digest", planned["digest"]),
+            (results_dir / "evaluations" / run / "evaluation.json", "training_digest", planned["digest"]),
+            (results_dir / "evaluations" / run / "evaluation.json", "digest", planned["evaluation_digest"]),
+        ):
+            found, _ = _read_object(path)
+            if found and key in found and found[key] != expected:
+                problems.append(f"run {run}: {path}: {key} is {found[key]}, the plan's is {expected}")
+                break
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        advice = (
+            "These results were made from other settings. Run the workflow again (it repeats exactly these runs), "
+            "or delete the files."
+        )
+        raise UserError("\n".join([*problems[:10], *more, advice]))
+
+
+def _read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A JSON object and no problem, or None and the problem."""
+    if not path.exists():
+        return None, "missing"
+    try:
+        value = read_json(path)
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{path}: {error.strerror}"
+    if not isinstance(value, dict):
+        return None, f"{path}: holds no JSON object; delete the file and run the workflow again"
+    return value, ""
+
+
+def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> tables.Result:
+    """Everything that is known of one run; never raises for the content of a file."""
+    path = results_dir / "runs" / run / "outcome.json"
+    found, problem = _read_object(path)
+    if found is None:
+        missing = problem == "missing"
+        result = tables.Result(run, planned, "missing" if missing else "error", f"no {path}" if missing else problem)
+    else:
+        outcome, reason = found.get("outcome"), found.get("reason")
+        if outcome not in OUTCOMES:
+            outcome, reason = "error", f"{path}: outcome is {outcome!r}; allowed: {', '.join(OUTCOMES)}"
+        elif "digest" not in found:
+            outcome, reason = "error", f"{path}: has no digest, so that nobody knows what it belongs to"
+        measurements = found.get("measurements")
+        environment = found.get("environment")
+        result = tables.Result(
+            run=run,
+            planned=planned,
+            outcome=outcome,
+            reason=None if reason is None else str(reason),
+            phase=_text(found.get("phase")),
+            step=found.get("step"),
+            measurements=_scalars(measurements) if isinstance(measurements, dict) else {},
+            environment=environment if isinstance(environment, dict) else {},
+            gates=tuple(gate for gate in found.get("gates") or () if isinstance(gate, dict) and "gate" in gate),
+        )
+    return _with_evaluation(result, results_dir / "evaluations" / run)
+
+
+def _with_evaluation(result: tables.Result, folder: Path) -> tables.Result:
+    found, problem = _read_object(folder / "evaluation.json")
+    if found is None:
+        if problem == "missing":
+            return replace(result, evaluation_outcome="missing", evaluation_reason=f"no {folder / 'evaluation.json'}")
+        return replace(result, evaluation_outcome="error", evaluation_reason=problem)
+    if "digest" not in found:
+        reason = f"{folder / 'evaluation.json'}: has no digest, so that nobody knows what it belongs to"
+        return replace(result, evaluation_outcome="error", evaluation_reason=reason)
+    result = replace(
+        result,
+        evaluation=_scalars(found),
+        evaluation_outcome=str(found.get("outcome")),
+        evaluation_reason=_text(found.get("reason")),
+    )
+    if found.get("outcome") != "ok":
+        return result
+    correct, problem = _read_predictions(folder / "predictions.jsonl")
+    if not problem and (len(correct), sum(correct.values())) != (found.get("n"), found.get("correct")):
+        problem = (
+            f"{folder}: predictions.jsonl has {sum(correct.values())} of {len(correct)} correct, "
+            f"evaluation.json says {found.get('correct')} of {found.get('n')}"
+        )
+    if problem:
+        return replace(result, evaluation_outcome="error", evaluation_reason=problem)
+    return replace(result, correct=correct)
+
+
+def _read_predictions(path: Path) -> tuple[dict[str, bool], str]:
+    """Whether each example was answered correctly, by its id, or a problem."""
+    correct: dict[str, bool] = {}
+    try:
+        with path.open() as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if row["id"] in correct:
+                    return {}, f"{path}: line {number}: example {row['id']} a second time"
+                correct[row["id"]] = bool(row["correct"])
+    except FileNotFoundError:
+        return {}, f"no {path}"
+    except (ValueError, KeyError, TypeError) as error:
+        return {}, f"{path}: line {number}: no prediction ({error!r})"
+    return correct, ""
+
+
+LOSS_COLUMNS = ("step", "elapsed_s", "loss")
+
+
+def _read_losses(path: Path) -> tuple[pd.DataFrame | None, str]:
+    """Loss per step with ranks joined, averaged over windows of steps where the run is long; or a problem."""
+    try:
+        steps = pd.read_csv(path, usecols=["rank", "step", "elapsed_s", "loss", "label_tokens"])
+        columns = {str(name): steps[name].to_numpy(dtype=float) for name in steps}
+    except FileNotFoundError:
+        return None, f"no {path}"
+    except (ValueError, OSError) as error:  # pandas' parser and empty-file errors are ValueErrors
+        return None, f"{path}: {error}"
+    read = np.isfinite(columns["loss"]) & np.isfinite(columns["step"])
+    if not read.any():
+        return None, f"{path}: holds no loss"
+    columns = {name: values[read] for name, values in columns.items()}
+    if (columns["rank"] != columns["rank"][0]).any():
+        columns = _join_ranks(columns)
+    windows = min(LOSS_ROWS, columns["step"].size)
+    edges = np.linspace(0, columns["step"].size, windows + 1).astype(int)
+    counts = np.diff(edges)
+    curve = {
+        "step": columns["step"][edges[1:] - 1].astype(int),
+        "elapsed_s": columns["elapsed_s"][edges[1:] - 1],
+        "loss": np.add.reduceat(columns["loss"], edges[:-1]) / counts,
+    }
+    return pd.DataFrame(curve), ""
+
+
+def _join_ranks(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One row per step: loss weighted by each rank's label tokens, time of the slowest rank."""
+    steps, place = np.unique(columns["step"], return_inverse=True)
+    weight = np.maximum(columns["label_tokens"], 1e-9)
+    elapsed = np.zeros(steps.size)
+    np.maximum.at(elapsed, place, columns["elapsed_s"])
+    loss = np.bincount(place, weight * columns["loss"]) / np.bincount(place, weight)
+    return {"step": steps, "elapsed_s": elapsed, "loss": loss}
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and texts; a NaN, an infinity or a nested value is no measurement."""
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    }
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+# --- gates of a single run --------------------------------------------------------------------------------
+
+
+def _gate(name: str, message: str, *, passed: bool = False, fatal: bool = False) -> dict[str, Any]:
+    return {"gate": name, "passed": passed, "fatal": fatal, "message": message}
+
+
+def _apply_gates(result: tables.Result) -> tables.Result:
+    """Add the bounds, and make a run that trips a fatal gate `invalid`; it keeps its data."""
+    if result.outcome != "ok":
+        return result
+    gates = (*result.gates, *bounds(result.measurements))
+    fatal = [f"{gate['gate']}: {gate.get('message')}" for gate in gates if gate.get("fatal") and not gate.get("passed")]
+    if fatal:
+        return replace(result, gates=gates, outcome="invalid", reason="; ".join(fatal))
+    return replace(result, gates=gates)
+
+
+def bounds(measurements: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Gate 8: no device does more than its peak, and a memory model that is 10 % off explains nothing."""
+    for name in [name for name in measurements if name.startswith("mfu") and _is_number(measurements[name])]:
+        value = measurements[name]
+        yield _gate("mfu_bounds", f"{name} is {value:.4g}, must be in (0, 1]", passed=0 < value <= 1, fatal=True)
+    predicted, measured = measurements.get("predicted_peak_bytes"), measurements.get("peak_allocated_bytes")
+    if _is_number(predicted) and _is_number(measured) and measured:
+        error = predicted / measured - 1
+        message = f"predicted peak memory is {error:+.1%} off the measured, allowed: ±{MEMORY_PREDICTION_TOLERANCE:.0%}"
+        yield _gate("memory_prediction", message, passed=abs(error) <= MEMORY_PREDICTION_TOLERANCE)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def _memberships(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (experiment["name"], run)
+        for experiment in plan["experiments"]
+        for run in [*experiment["runs"], *experiment["base_runs"]]
+    ]
+
+
+def _run_row(result: tables.Result, experiments: list[str]) -> dict[str, Any]:
+    planned, evaluation = result.planned, result.evaluation
+    parameters = {key: value for key, value in planned["method"].items() if key not in ("kind", "factors", "rank")}
+    seen = evaluation if result.evaluation_outcome == "ok" else {}
+    extra = {key: value for key, value in result.measurements.items() if key not in MEASUREMENTS}
+    return {
+        "run": result.run,
+        "experiment": ";".join(experiments),
+        "model": planned["model_name"],
+        "dataset": planned["dataset_name"],
+        "method": planned["method_name"],
+        "method_kind": planned["method"]["kind"],
+        "rank": planned["method"].get("rank"),
+        **{key: planned["factors"].get(key) for key in ("strategy", "gpus", "seed")},
+        "outcome": result.outcome,
+        "reason": result.reason,
+        "phase": result.phase,
+        "step": result.step,
+        "evaluation_outcome": result.evaluation_outcome,
+        "evaluation_reason": result.evaluation_reason,
+        **{key: seen.get(key) for key in EVALUATION},
+        "examples": seen.get("n"),
+        **{key: seen.get(key) for key in EVALUATION_DETAILS},
+        **{key: result.measurements.get(key) for key in MEASUREMENTS},
+        **{key: value for key, value in planned["factors"].items() if key not in ("strategy", "gpus", "seed")},
+        **{f"method.{key}": _cell(value) for key, value in parameters.items()},
+        **extra,
+    }
+
+
+def _cell(value: Any) -> Any:
+    return ";".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _run_gates(results: dict[str, tables.Result]) -> Iterator[dict[str, Any]]:
+    for result in results.values():
+        for gate in result.gates:
+            kept = {key: gate.get(key) for key in ("gate", "passed", "fatal", "message")}
+            yield {"scope": "run", "experiment": None, "subject": result.run, **kept}
+
+
+def _frame(rows: list[dict[str, Any]], columns: tuple[str, ...] = ()) -> pd.DataFrame:
+    """A table that keeps whole numbers whole and missing values empty; given columns come first."""
+    names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
+    return pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=object) for name in names})
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def write_tables(plan_path: Path, results_dir: Path) -> None:
+    """Collect a study and write `tables/*.csv`, and the two main tables as LaTeX."""
+    collected = collect(plan_path, results_dir)
+    folder = results_dir / "tables"
+    for field in fields(Tables):
+        frame = getattr(collected, field.name)
+        write_atomic(folder / f"{field.name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+    write_atomic(folder / "points.tex", tables.points_latex(collected.points))
+    write_atomic(folder / "comparisons.tex", tables.comparisons_latex(collected.comparisons))
+
+
+def read_tables(folder: Path) -> Tables:
+    """Read the tables that `write_tables` wrote; a missing one is a UserError."""
+    frames = {}
+    for field in fields(Tables):
+        path = folder / f"{field.name}.csv"
+        try:
+            frames[field.name] = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}; make the tables first") from None
+    return Tables(**frames)

@@ -1,0 +1,1 @@
+"""The end of a study: tables of points and comparisons, figures, and one page that answers the questions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,10 +70,19 @@ def cuda_index(device: Any) -> int | None:
 
 
 def handle_of(library: Any, device: Any) -> Any | None:
-    """NVML's handle of a torch CUDA device such as `cuda:1`; None for another device or an index beyond the last."""
+    """NVML's handle of a torch CUDA device such as `cuda:1`; None for another device or an index beyond the last.
+
+    By the device's own UUID where torch already runs on CUDA, else by its place in CUDA_VISIBLE_DEVICES.
+    """
     index = cuda_index(device)
-    handles = visible_handles(library) if index is not None else []
-    return handles[index] if index is not None and index < len(handles) else None
+    if index is None:
+        return None
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        uuid = torch.cuda.get_device_properties(index).uuid
+        return ask(library, "nvmlDeviceGetHandleByUUID", f"GPU-{uuid}")
+    handles = visible_handles(library)
+    return handles[index] if index < len(handles) else None
 
 
 def process_bytes_by_pid(device: Any) -> dict[int, int]:

@@ -1,0 +1,88 @@
+"""The matmul ceiling: the most FLOP/s that a matrix product reaches on this very device, beside the datasheet."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunemap.errors import UserError
+from tunemap.files import read_json, write_json
+from tunemap.measure.clock import StepClock
+from tunemap.measure.environment import device_fingerprint
+
+DTYPES = ("float32", "tfloat32", "bfloat16", "float16")
+
+# Square products n × n × n. Large enough to fill the device, small enough for seconds of measuring.
+_SIZES = {"cuda": (2048, 4096, 8192, 16384), "cpu": (512, 1024, 2048)}
+_LIMIT_S = 4.0
+_MAX_REPEATS = 30
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """flops_per_s: 2 n³ over the best time of one product of two n × n matrices of `dtype`, n = size."""
+
+    dtype: str
+    flops_per_s: float
+    size: int
+    repeats: int
+
+
+def measure_ceiling(device: Any, dtype: str, *, limit_s: float = _LIMIT_S) -> Ceiling:
+    """The best of all sizes and repeats, within about `limit_s` seconds.
+
+    dtype: one of DTYPES. "tfloat32" is float32 storage multiplied in TF32 (CUDA), "float32" forbids that.
+    Raises UserError for another dtype, or one that this device cannot multiply.
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    kind = torch.device(device).type
+    if dtype == "tfloat32" and kind != "cuda":
+        raise UserError("dtype 'tfloat32' exists on CUDA devices only")
+    storage = torch.float32 if dtype == "tfloat32" else getattr(torch, dtype)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tfloat32" else "highest")
+    try:
+        sizes = _SIZES[kind]
+        found = [_best_of(torch, device, storage, dtype, size, limit_s / len(sizes)) for size in sizes]
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"device {device!s} cannot multiply {dtype} matrices: {error}") from None
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return max(found, key=lambda ceiling: ceiling.flops_per_s)
+
+
+def _best_of(torch: Any, device: Any, storage: Any, dtype: str, size: int, limit_s: float) -> Ceiling:
+    """Repeat one product until `limit_s` is spent (at least twice after a warm-up) and keep the best time."""
+    left = torch.randn(size, size, device=device).to(storage)
+    right = torch.randn(size, size, device=device).to(storage)
+    out = torch.empty_like(left)
+    clock = StepClock(device)
+    torch.mm(left, right, out=out)
+    best_s, repeats, deadline = float("inf"), 0, time.perf_counter() + limit_s
+    while repeats < 2 or (repeats < _MAX_REPEATS and time.perf_counter() < deadline):
+        clock.begin(repeats)
+        torch.mm(left, right, out=out)
+        clock.end()
+        best_s = min(best_s, clock.flush()[0].step_time_s)
+        repeats += 1
+    return Ceiling(dtype=dtype, flops_per_s=2 * size**3 / best_s, size=size, repeats=repeats)
+
+
+def load(path: Path, device: Any) -> dict[str, Ceiling]:
+    """The ceilings stored for this device, by dtype; empty if the file or the device's entry is not there."""
+    if not path.exists():
+        return {}
+    stored = read_json(path).get(device_fingerprint(device), {})
+    return {dtype: Ceiling(**entry) for dtype, entry in stored.items()}
+
+
+def store(path: Path, device: Any, ceiling: Ceiling) -> None:
+    """Keep `ceiling` under this device's fingerprint, beside other devices and dtypes in the same file."""
+    stored = read_json(path) if path.exists() else {}
+    stored.setdefault(device_fingerprint(device), {})[ceiling.dtype] = asdict(ceiling)
+    write_json(path, stored)

@@ -58,7 +58,7 @@ class Quantization:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; one without a pad token pads with its end-of-sequence token."""
-    with _quiet():
+    with quiet():
         tokenizer = tokenizers.load_tokenizer(folder)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -96,7 +96,7 @@ def load_model(
     if quantization:
         outside = _linears_outside_blocks(empty_model(config, task_kind=task_kind, num_labels=num_labels))
         settings |= {"quantization_config": _bitsandbytes(quantization, outside), "device_map": {"": device}}
-    with _quiet(), _explained(folder):
+    with quiet(), explained(folder):
         model, report = _AUTO[task_kind].from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
@@ -121,22 +121,32 @@ def empty_model(
 ) -> PreTrainedModel:
     """The module tree of a folder, config.json or config on the meta device: shapes and dtypes without memory."""
     config = _task_config(source, task_kind, num_labels)
-    with _quiet(), _explained(source), torch.device("meta"):
+    with quiet(), explained(source), torch.device("meta"):
         model = _AUTO[task_kind].from_config(config, dtype=dtype, attn_implementation=attention)
     return _settled(model.eval(), attention)
 
 
 def read_config(source: Path) -> PreTrainedConfig:
     """The architecture in a folder's config.json, or in a JSON file itself."""
-    file = source / CONFIG if source.is_dir() else source
-    settings = read_json(file)
-    with _quiet():
+    file = config_file(source)
+    return build_config(read_json(file), file)
+
+
+def config_file(source: Path) -> Path:
+    """config.json of a folder; a file stands for itself."""
+    return source / CONFIG if source.is_dir() else source
+
+
+def build_config(settings: dict[str, Any], file: Path) -> PreTrainedConfig:
+    """The transformers config of the settings of a config.json; `file` is named where they make no sense."""
+    kind = settings.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"{file}: model_type {kind} is not an architecture of transformers {transformers.__version__}")
+    with quiet():
         try:
-            return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+            return CONFIG_MAPPING[kind].from_dict(settings)
         except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-            raise UserError(
-                f"{file}: not an architecture that transformers {transformers.__version__} knows ({_brief(error)})"
-            ) from error
+            raise UserError(f"{file}: no valid {kind} architecture: {brief(error)}") from error
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
@@ -291,7 +301,7 @@ def _keep_training_layout(model: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings that concern nobody; what matters is checked and raised here instead."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     bitsandbytes_log = logging.getLogger("bitsandbytes")  # warns that an optional package is not installed
@@ -311,15 +321,15 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(source: Path | PreTrainedConfig) -> Iterator[None]:
+def explained(source: Path | PreTrainedConfig) -> Iterator[None]:
     """Turn what transformers raises about a folder or the installation into a `UserError`."""
     try:
         yield
     except (ImportError, OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{source}: transformers {transformers.__version__} cannot load it: {_brief(error)}") from error
+        raise UserError(f"{source}: transformers {transformers.__version__} cannot load it: {brief(error)}") from error
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """The first sentence or so of a message that may run over pages."""
     return " ".join(str(error).split())[:300]
 

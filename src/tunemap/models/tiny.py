@@ -4,8 +4,7 @@ They read family A of `tunemap.corpora` and are accepted only once they can do w
 A base that knows its equations but cannot copy operands makes fine-tuning a lottery (full fine-tuning reached 98 %
 with one seed and 20 % with the next), so training stops at two accuracies, not at a number of steps.
 
-The same seed gives the same bytes on the same kind of CPU: one thread, a private random state, no dropout of a
-worker's order. `python -m tunemap.models.tiny qwen2 FOLDER` makes one by hand.
+The same seed gives the same bytes on the same kind of CPU, because one thread and a private random state do it all.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,9 @@ from transformers import (
 )
 
 from tunemap import corpora
+from tunemap.config import TinyModel
 from tunemap.errors import UserError
+from tunemap.models.loading import quiet
 
 Architecture = Literal["qwen2", "distilbert"]
 
@@ -68,6 +70,17 @@ class Pretrained:
 
 Progress = Callable[[int, dict[str, float]], None]
 """Called with the steps done and the accuracies at that point."""
+
+
+def make(
+    model: TinyModel, folder: Path, *, recipe: Recipe | None = None, show_progress: bool = False
+) -> dict[str, Any]:
+    """Pretrain the model and write it to `folder` in hub layout; returns the record of its pretraining."""
+    made = pretrain(model.architecture, model.seed, recipe=recipe, show=show_progress)
+    with quiet():
+        made.model.save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
+    return {"pretraining": {"steps": made.steps, "seconds": round(made.seconds, 1), **made.accuracies}}
 
 
 def pretrain(architecture: Architecture, seed: int, *, recipe: Recipe | None = None, show: bool = False) -> Pretrained:

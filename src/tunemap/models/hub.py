@@ -1,0 +1,63 @@
+"""Source `hub`: a model of the Hugging Face hub at one revision, downloaded through the shared cache of HF_HOME."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from tunemap.config import HubModel
+from tunemap.errors import UserError
+from tunemap.models import local
+
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # config, weights and tokenizer
+SUBFOLDERS = ["*/*"]  # hold the same weights for other programs
+
+
+def download(model: HubModel, folder: Path, *, show_progress: bool) -> dict[str, Any]:
+    """Fetch the model, or find it in the cache, and take it over like a local folder; returns the resolved commit."""
+    snapshot = _snapshot(model, show_progress)
+    local.take(snapshot, folder)
+    return {"commit": snapshot.name}
+
+
+def _snapshot(model: HubModel, show_progress: bool) -> Path:
+    hidden = are_progress_bars_disabled()
+    if not show_progress:
+        disable_progress_bars()
+    try:
+        return Path(
+            snapshot_download(model.id, revision=model.revision, allow_patterns=FILES, ignore_patterns=SUBFOLDERS)
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{model.id} is gated: accept its licence at https://huggingface.co/{model.id}, then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{model.id}: no such model on the hub (a private one needs `hf auth login`); check `id` of the model"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{model.id}: no revision {model.revision} on the hub; check `revision`") from error
+    except HFValidationError as error:
+        raise UserError(f"{model.id}: not a model id of the form owner/name ({error})") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{model.id} (revision {model.revision}) is not in the cache and the hub cannot be reached. On a machine "
+            f"with network run `hf download {model.id} --revision {model.revision}` with the same HF_HOME, or copy "
+            "the model here and use `source: local` with its path"
+        ) from error
+    finally:
+        if not hidden and not show_progress:
+            enable_progress_bars()

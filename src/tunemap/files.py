@@ -1,4 +1,4 @@
-"""Reading and writing result files so that a kill at any moment leaves the old file or the new one, never half of one."""
+"""Reading and writing result files so that a kill at any moment leaves the old file or the new one, never a half."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: not valid JSON ({error}); delete the file and run the workflow again"
-        ) from None
+        raise UserError(f"{path}: not valid JSON ({error}); delete the file and run the workflow again") from None
 
 
 def sha256_of(path: Path) -> str:

@@ -15,7 +15,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunemap.config import Study
+from tunemap.data.locate import source_files
 from tunemap.errors import UserError, nearest, unknown_key
+from tunemap.models.locate import model_files
+from tunemap.paths import expanded
 from tunemap.study import Plan, plan_study
 
 Location = tuple[str | int, ...]
@@ -49,12 +52,32 @@ def load_plan(path: Path, *, data_root: str | None = None) -> Plan:
     plan = None
     if study is not None:
         plan, found = plan_study(study)
-        problems += found
+        problems += found + _missing_files(study)
     problems = list(dict.fromkeys(file.problems + problems))
     if problems or plan is None:
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         raise UserError("\n".join([f"{path}: {count}", *(f"  - {problem}" for problem in problems)]))
     return plan
+
+
+def _missing_files(study: Study) -> list[str]:
+    """Local files that models and datasets name and that are not there."""
+    problems = []
+    try:
+        root = Path(expanded(study.data_root))
+    except UserError as error:
+        return [str(error)]
+    for name, model in study.models.items():
+        try:
+            model_files(model, root)
+        except UserError as error:
+            problems.append(f"models.{name}.{error}")
+    for name, dataset in study.datasets.items():
+        try:
+            source_files(dataset, root)
+        except UserError as error:
+            problems.append(f"datasets.{name}.{error}")
+    return problems
 
 
 # --- YAML -------------------------------------------------------------------------------------------------

@@ -1,0 +1,43 @@
+# What this checkout can do; `make` alone lists it. A Python of 3.11 or newer is all it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint format types bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## make the virtual environment with the locked versions
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $(INSTALLED)
+
+demo: install ## run the default study on this machine's CPU and write its report
+	snakemake --profile profiles/local --quiet rules
+	@echo
+	@echo "The report: $(abspath results/quickstart/report.html)"
+
+test: install lint ## run every test
+	pytest
+
+lint: install ## format, style, types, and Snakemake's own linter
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+format: install ## rewrite the sources in the project's format
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflow
+
+clean: ## remove results, logs and the environment
+	rm -rf results/*/ logs .snakemake $(VENV)

@@ -1,0 +1,1 @@
+"""How a run is spread over devices: the process's place in the world, and the four strategies."""

@@ -1,0 +1,77 @@
+"""Which source files a command line uses: the script, every module of this package that it leads to, and their data.
+
+A stage of the workflow declares these files as input, so that editing the trainer retrains and editing the report
+does not. Found by reading import statements, without importing anything.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+PACKAGE = "tunemap"
+PACKAGE_ROOT = Path(__file__).resolve().parent
+DATA_SUFFIXES = (".yaml", ".j2", ".css", ".js", ".mplstyle", ".txt")
+
+
+def sources(script: Path) -> list[Path]:
+    """`script` first, then the package's files that it imports, directly or not, in a fixed order.
+
+    Imports inside functions count. Data files of a folder belong to the modules of that folder.
+    """
+    seen: set[Path] = set()
+    waiting = [_file_of(name) for name in _imports(script, None)]
+    while waiting:
+        file = waiting.pop()
+        if file is None or file in seen:
+            continue
+        seen.add(file)
+        waiting += [_file_of(name) for name in _imports(file, _module_of(file))]
+    data = [
+        path
+        for folder in sorted({file.parent for file in seen})
+        for path in sorted(folder.iterdir())
+        if path.suffix in DATA_SUFFIXES
+    ]
+    return [script, *sorted(seen), *data]
+
+
+@cache
+def _imports(file: Path, module: str | None) -> tuple[str, ...]:
+    """Names of this package that a file imports; `from a import b` counts as both a and a.b."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), filename=str(file))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                assert module is not None
+                package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(f"{PACKAGE}."):
+            names.append(node.value)  # a module that is started by name: python -m tunemap.training.worker
+    inside = [name for name in names if name == PACKAGE or name.startswith(f"{PACKAGE}.")]
+    return tuple(dict.fromkeys(part for name in inside for part in _with_parents(name)))
+
+
+def _with_parents(name: str) -> list[str]:
+    """Importing a.b.c runs a and a.b too."""
+    steps = name.split(".")
+    return [".".join(steps[:count]) for count in range(1, len(steps) + 1)]
+
+
+def _file_of(name: str) -> Path | None:
+    path = PACKAGE_ROOT.joinpath(*name.split(".")[1:])
+    if (path / "__init__.py").is_file():
+        return path / "__init__.py"
+    file = path.with_suffix(".py")
+    return file if file.is_file() else None
+
+
+def _module_of(file: Path) -> str:
+    steps = file.relative_to(PACKAGE_ROOT).with_suffix("").parts
+    return ".".join([PACKAGE, *(steps[:-1] if steps[-1] == "__init__" else steps)])

@@ -1,0 +1,1 @@
+"""Training one run: launcher, worker, the step loop, checkpoints."""

@@ -1,0 +1,51 @@
+"""The micro-batches of one rank, made on the host while the device works."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from tunemap.data.batches import Schedule
+from tunemap.data.collate import Batch, collate, collate_packed
+from tunemap.data.tokens import Tokens
+from tunemap.distributed.world import World
+
+PREFETCHED_BATCHES = 4
+
+
+def micro_batches(tokens: Tokens, schedule: Schedule, world: World, *, first_step: int, attention: str) -> Iterator[Batch]:
+    """All micro-batches of this rank from `first_step` on, in order, on the host."""
+    for step in range(first_step, schedule.steps):
+        for index in range(schedule.gradient_accumulation):
+            rows = schedule.micro_batch(step, index, world.rank)
+            if schedule.batching == "packed":
+                flatten = attention == "flash_attention_2"
+                yield collate_packed(tokens.train, rows, pad_token_id=tokens.pad_token_id, flatten=flatten)
+            else:
+                width = schedule.max_length if schedule.batching == "fixed_length" else None
+                yield collate(tokens.train, rows, pad_token_id=tokens.pad_token_id, width=width)
+
+
+def feed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`. For a GPU a thread collates and pins ahead; a CPU has no core to spare for that."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                ready.put(batch.pin_memory())
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    threading.Thread(target=fill, daemon=True).start()
+    while (item := ready.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item.to(device)

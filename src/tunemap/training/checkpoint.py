@@ -1,0 +1,153 @@
+"""Checkpoints: all that training needs to go on as if nothing had happened, written so that a kill cannot spoil them.
+
+    checkpoint/manifest.json     step, digest of the run, world size, strategy, checksum of each file
+    checkpoint/rank0.pt ...      per rank: trained tensors (its shards), optimizer, scaler, random generators
+
+A new checkpoint is complete in a folder of its own before it takes the place of the old one by renaming.
+Frozen weights are not in it: they are loaded from the model's folder again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from tunemap.distributed.strategies import unwrap
+from tunemap.distributed.world import World
+from tunemap.errors import UserError
+from tunemap.files import read_json, sha256_of, write_json
+from tunemap.training.loop import TrainingState
+
+CURRENT, NEXT, OLD = "checkpoint", "checkpoint.next", "checkpoint.old"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a run's work folder: a usable checkpoint's manifest, or why there is none."""
+
+    manifest: dict[str, Any] | None
+    message: str
+
+
+def save(folder: Path, state: TrainingState, world: World, *, digest: str, strategy: str) -> None:
+    """Write a checkpoint of all ranks into `folder`; every rank must call this."""
+    target = folder / NEXT
+    if world.is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+    world.barrier()
+    path = target / f"rank{world.rank}.pt"
+    with path.open("wb") as file:
+        torch.save(_contents(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    checksums = dict(world.gather((path.name, sha256_of(path))))
+    if world.is_main:
+        manifest = {
+            "digest": digest,
+            "strategy": strategy,
+            "world_size": world.size,
+            "step": state.step,
+            "elapsed_s": state.elapsed_s,
+            "memory": state.memory,
+            "sha256": checksums,
+        }
+        write_json(target / MANIFEST, manifest)
+        _replace(folder)
+    world.barrier()
+
+
+def find(folder: Path, *, digest: str, strategy: str, world_size: int) -> Found:
+    """Look for a checkpoint that belongs to this very run, and check that it is whole.
+
+    Raises UserError where one exists that this run cannot use because the number of devices differs: starting anew
+    would throw it away, which is the user's decision.
+    """
+    current = folder / CURRENT
+    if not (current / MANIFEST).exists() and (folder / OLD / MANIFEST).exists():
+        current = folder / OLD  # killed between the two renames of `_replace`
+    if not (current / MANIFEST).exists():
+        return Found(None, "no checkpoint: starting from the first step")
+    manifest = read_json(current / MANIFEST)
+    if manifest["digest"] != digest:
+        return Found(None, f"the checkpoint in {current} is of another configuration: starting from the first step")
+    if (manifest["strategy"], manifest["world_size"]) != (strategy, world_size):
+        raise UserError(
+            f"{current}: written by {manifest['strategy']} on {manifest['world_size']} devices, this run is {strategy} "
+            f"on {world_size}; run it as before, or delete the folder to start anew"
+        )
+    broken = [name for name, expected in manifest["sha256"].items() if not _whole(current / name, expected)]
+    if broken:
+        aside = folder / "checkpoint.corrupt"
+        shutil.rmtree(aside, ignore_errors=True)
+        current.rename(aside)
+        return Found(None, f"{', '.join(broken)} of the checkpoint is damaged: set aside in {aside}, starting anew")
+    if current.name != CURRENT:
+        current.rename(folder / CURRENT)
+    return Found(manifest, f"resuming after step {manifest['step']}")
+
+
+def restore(folder: Path, state: TrainingState, world: World, manifest: dict[str, Any]) -> None:
+    """Bring `state` and the random generators of this rank to where the checkpoint was written."""
+    contents = torch.load(folder / CURRENT / f"rank{world.rank}.pt", map_location=world.device, weights_only=True)
+    trained = _trained(state.model)
+    with torch.no_grad():
+        for name, tensor in contents["trained"].items():
+            _local(trained[name]).copy_(tensor)
+    state.optimizer.load_state_dict(contents["optimizer"])
+    if state.scaler is not None:
+        state.scaler.load_state_dict(contents["scaler"])
+    torch.set_rng_state(contents["random"]["torch"].cpu())
+    if world.device.type == "cuda":
+        torch.cuda.set_rng_state(contents["random"]["cuda"].cpu(), world.device)
+    state.step, state.elapsed_s, state.memory = manifest["step"], manifest["elapsed_s"], manifest["memory"]
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed every generator; ranks differ, or dropout would drop the same units everywhere."""
+    random.seed(seed)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def _contents(state: TrainingState) -> dict[str, Any]:
+    generators = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    return {
+        "trained": {name: _local(tensor).detach() for name, tensor in _trained(state.model).items()},
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict() if state.scaler else None,
+        "random": generators,
+    }
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(path: Path, expected: str) -> bool:
+    return path.exists() and sha256_of(path) == expected
+
+
+def _replace(folder: Path) -> None:
+    """Put the new checkpoint in the old one's place; at each moment one of them is complete under a known name."""
+    shutil.rmtree(folder / OLD, ignore_errors=True)
+    if (folder / CURRENT).exists():
+        (folder / CURRENT).rename(folder / OLD)
+    (folder / NEXT).rename(folder / CURRENT)
+    shutil.rmtree(folder / OLD, ignore_errors=True)

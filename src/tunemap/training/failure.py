@@ -1,0 +1,81 @@
+"""From an exception to an outcome: what kind of failure it was, where it happened, what was asked for.
+
+Imports no torch: a worker whose torch is broken must still be able to say so.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunemap.errors import UserError
+from tunemap.files import read_json, write_json
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory", re.I)
+_ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+) ?(GiB|MiB|KiB|bytes)")
+_FREE = re.compile(r"([\d.]+) ?(GiB|MiB|KiB|bytes)(?: is)? free")
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
+# Which failure explains the others: ranks that lose a partner fail too, with errors of their own.
+_PRECEDENCE = ("oom", "invalid", "unsupported", "error")
+
+
+class InvalidRunError(Exception):
+    """A fatal gate tripped: the run does not measure what it says."""
+
+
+class UnsupportedRunError(Exception):
+    """The combination cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank failed."""
+
+    outcome: str
+    reason: str
+    rank: int
+    phase: str | None
+    step: int | None
+    traceback: str | None
+    bytes_asked: int | None = None
+    bytes_free: int | None = None
+
+
+def describe(error: BaseException, *, rank: int, phase: str | None, step: int | None) -> Failure:
+    """Classify an exception of a worker."""
+    message = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+    outcome = "error"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(str(error)):
+        outcome = "oom"
+    elif isinstance(error, InvalidRunError):
+        outcome, message = "invalid", str(error)
+    elif isinstance(error, UnsupportedRunError):
+        outcome, message = "unsupported", str(error)
+    text = "".join(traceback.format_exception(error))
+    asked, free = (_bytes(pattern, str(error)) if outcome == "oom" else None for pattern in (_ASKED, _FREE))
+    return Failure(outcome, message, rank, phase, step, text, asked, free)
+
+
+def _bytes(pattern: re.Pattern[str], message: str) -> int | None:
+    found = pattern.search(message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def failure_file(folder: Path, rank: int) -> Path:
+    """Where a rank says how it failed."""
+    return folder / f"failure.rank{rank}.json"
+
+
+def write_failure(folder: Path, failure: Failure) -> None:
+    """Leave the failure for the launcher."""
+    write_json(failure_file(folder, failure.rank), asdict(failure))
+
+
+def read_failures(folder: Path) -> list[Failure]:
+    """The failures of all ranks, the one that explains the others first."""
+    values: list[dict[str, Any]] = [read_json(path) for path in sorted(folder.glob("failure.rank*.json"))]
+    failures = [Failure(**value) for value in values]
+    return sorted(failures, key=lambda failure: (_PRECEDENCE.index(failure.outcome), failure.rank))

@@ -1,0 +1,203 @@
+"""The step loop: batch, forward, backward, optimizer, for every method and strategy alike.
+
+Nothing in it waits for the device except the end of a logging window, where losses and times are read together.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from tunemap.config import Factors
+from tunemap.data.batches import Schedule
+from tunemap.data.collate import IGNORED, Batch
+from tunemap.distributed.strategies import gradient_sync
+from tunemap.distributed.world import World
+from tunemap.measure.clock import StepClock
+from tunemap.measure.memory import LiveStorage, track_live_storage
+from tunemap.training.precision import Precision
+from tunemap.training.schedule import learning_rate_multiplier
+from tunemap.training.steps import StepRecord
+
+
+class NotFiniteError(Exception):
+    """The loss became NaN or infinite; everything after it would be noise."""
+
+
+@dataclass
+class TrainingState:
+    """All that changes while training, and so all that a checkpoint holds, besides the random generators."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    step: int = 0  # steps finished
+    elapsed_s: float = 0.0
+    memory: dict[str, Any] | None = None  # what the tracker saw at its step
+
+
+@dataclass
+class Loop:
+    """What stays the same during training."""
+
+    factors: Factors
+    precision: Precision
+    schedule: Schedule
+    world: World
+    label_tokens: list[int]  # of each step, over all ranks and micro-batches
+    write: Callable[[list[StepRecord]], None]
+    window_ended: Callable[[TrainingState, float], None]
+    _pending: list[dict[str, Any]] = field(default_factory=list)
+
+    def train(self, state: TrainingState, batches: Iterator[Batch]) -> None:
+        """Train from `state.step` to the end of the schedule.
+
+        Raises NotFiniteError at the end of the window in which the loss stopped being a number.
+        """
+        clock = StepClock(self.world.device)
+        started = time.perf_counter() - state.elapsed_s
+        first = state.step
+        tracked_step = self._tracked_step(first) if state.memory is None else None
+        parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        state.model.train()
+        for step in range(first, self.schedule.steps):
+            tracker = track_live_storage(state.model, state.optimizer) if step == tracked_step else None
+            clock.begin(step)
+            with tracker or nullcontext():
+                row = self._step(state, parameters, batches, clock, step, tracker)
+            clock.end()
+            state.step, state.elapsed_s = step + 1, time.perf_counter() - started
+            if tracker is not None:
+                state.memory = _memory(tracker)
+            unmeasured = step < self.factors.measurement_warmup_steps or tracker is not None or step == first
+            self._pending.append(row | {"elapsed_s": state.elapsed_s, "measured": int(not unmeasured)})
+            if state.step % self.factors.logging_steps == 0 or state.step == self.schedule.steps:
+                loss = self._flush(clock)
+                self.window_ended(state, loss)
+
+    def _step(
+        self,
+        state: TrainingState,
+        parameters: list[nn.Parameter],
+        batches: Iterator[Batch],
+        clock: StepClock,
+        step: int,
+        tracker: LiveStorage | None,
+    ) -> dict[str, Any]:
+        """One optimizer step; returns what is known of it without waiting for the device."""
+        model, optimizer, scaler = state.model, state.optimizer, state.scaler
+        phase = tracker.phase if tracker else _no_phase
+        counts = {"samples": 0, "real_tokens": 0, "label_tokens": 0, "padded_tokens": 0}
+        step_loss: torch.Tensor | float = 0.0
+        learning_rate = self._set_learning_rate(optimizer, step)
+        last = self.factors.gradient_accumulation - 1
+        for index in range(self.factors.gradient_accumulation):
+            batch = next(batches)
+            for name in counts:
+                counts[name] += getattr(batch, name)
+            clock.mark("data")
+            with gradient_sync(model, index == last):
+                with phase("forward"), self.precision.autocast_context(self.world.device.type):
+                    # Gradients are averaged over ranks; times the world size, the sum is over all label tokens.
+                    loss = loss_sum(model, batch) / self.label_tokens[step] * self.world.size
+                clock.mark("forward")
+                with phase("backward"):
+                    (scaler.scale(loss) if scaler else loss).backward()
+                clock.mark("backward")
+            step_loss = step_loss + loss.detach()
+        with phase("optimizer"):
+            if scaler:
+                scaler.unscale_(optimizer)
+            limit = self.factors.max_grad_norm
+            norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        clock.mark("optimizer")
+        epoch = self.schedule.epoch(step)
+        return {
+            "step": step,
+            "epoch": epoch,
+            "learning_rate": learning_rate,
+            "loss": step_loss,
+            "gradient_norm": norm.full_tensor() if hasattr(norm, "full_tensor") else norm,
+            **counts,
+        }
+
+    def _set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        learning_rate = self.factors.learning_rate * learning_rate_multiplier(
+            step,
+            schedule=self.factors.schedule,
+            warmup_steps=self.factors.warmup_steps,
+            total_steps=self.schedule.steps,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        return learning_rate
+
+    def _tracked_step(self, first: int) -> int | None:
+        """On a CPU, the step that the memory tracker watches: the one with the widest batch.
+
+        Not the first one, which has no optimizer state yet. A GPU's allocator counts by itself.
+        """
+        if self.world.device.type == "cuda":
+            return None
+        widest = self.schedule.widest_step()
+        candidates = [step for step in range(max(first, 1), self.schedule.steps)]
+        if not candidates:
+            return None
+        widths = self.schedule.widths.max(axis=(1, 2))
+        return widest if widest in candidates else max(candidates, key=lambda step: int(widths[step]))
+
+    def _flush(self, clock: StepClock) -> float:
+        """Read losses and times of the window, write its records; returns the last loss."""
+        pending, self._pending = self._pending, []
+        losses = torch.stack([torch.as_tensor(row["loss"]).float() for row in pending])
+        if self.world.size > 1:
+            torch.distributed.all_reduce(losses)
+            losses /= self.world.size
+        norms = torch.stack([torch.as_tensor(row["gradient_norm"]).float() for row in pending])
+        times = clock.flush()
+        records = []
+        for row, loss, norm, spent in zip(pending, losses.tolist(), norms.tolist(), times, strict=True):
+            timings = {name: value for name, value in vars(spent).items() if name != "step"}
+            values = row | {"loss": loss, "gradient_norm": norm} | timings
+            records.append(StepRecord(rank=self.world.rank, **values))
+        self.write(records)
+        for record in records:
+            if not math.isfinite(record.loss):
+                raise NotFiniteError(f"loss {record.loss} at step {record.step}, gradient norm {record.gradient_norm}")
+        return records[-1].loss
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over the label tokens of a batch (or over its class labels), in float32.
+
+    Labels are shifted already, so the logits are taken as they are.
+    """
+    logits = model(**batch.inputs).logits
+    return cross_entropy(logits.flatten(0, -2).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _no_phase(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _memory(tracker: LiveStorage) -> dict[str, Any]:
+    return {
+        "peak_allocated_bytes": tracker.peak_allocated_bytes,
+        "end_allocated_bytes": tracker.end_allocated_bytes,
+        "peak_phase": tracker.peak_phase,
+        **{f"{category}_bytes": count for category, count in tracker.breakdown_bytes.items()},
+    }

@@ -1,0 +1,166 @@
+# Loads and freezes the plan; answers one question about it per function. No rules here.
+import json
+import os
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(workflow.basedir)
+if CHECKOUT.name == "workflow":
+    CHECKOUT = CHECKOUT.parent
+sys.path.insert(0, str(CHECKOUT / "src"))
+
+from tunemap import sources as source_files
+from tunemap.errors import UserError
+from tunemap.frozen import FrozenPlan, freeze, thaw
+from tunemap.study_file import load_plan
+
+
+wildcard_constraints:
+    study=r"[A-Za-z0-9_.-]+",
+    run=r"[A-Za-z0-9_.+-]+",
+    model=r"[A-Za-z0-9_.-]+",
+    dataset=r"[A-Za-z0-9_.-]+",
+    tokens=r"[A-Za-z0-9_.-]+",
+
+
+# Jobs find the package beside the Snakefile, in every environment; the second line is Snakemake's own default.
+shell.prefix(
+    f'export PYTHONPATH="{CHECKOUT}/src${{{{PYTHONPATH:+:$PYTHONPATH}}}}"; set -euo pipefail; '
+)
+
+
+def _plan() -> FrozenPlan:
+    """The plan of this workflow. Spawned jobs take the plan of the workflow that spawned them, not today's file."""
+    frozen = thaw(os.environ)
+    if frozen is not None:
+        return frozen
+    given = workflow.config_settings.config or {}
+    if unknown := sorted(set(given) - {"data_root"}):
+        raise UserError(
+            f"--config {unknown[0]}: only data_root can be given there; edit the study file instead"
+        )
+    # A study given with --configfile replaces the default study; Snakemake itself would merge the two.
+    files = workflow.config_settings.configfiles or [
+        CHECKOUT / "config" / "config.yaml"
+    ]
+    plan = load_plan(Path(files[-1]), data_root=given.get("data_root"))
+    return freeze(plan, Path(".snakemake") / "tunemap", os.environ)
+
+
+try:
+    PLAN = _plan()
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+
+def sources(stage):
+    """The script of a stage and all source files that it uses."""
+    files = source_files.sources(CHECKOUT / "workflow" / "scripts" / f"{stage}.py")
+    return [os.path.relpath(file) for file in files]
+
+
+def study_results(wildcards):
+    return [
+        f"results/{PLAN.study}/report.html",
+        f"results/{PLAN.study}/tables/runs.csv",
+    ]
+
+
+def data_root(wildcards):
+    return PLAN.data_root
+
+
+def model_spec(wildcards):
+    return PLAN.model_spec(wildcards.model)
+
+
+def model_sources(wildcards):
+    return PLAN.model_sources(wildcards.model)
+
+
+def dataset_spec(wildcards):
+    return PLAN.dataset_spec(wildcards.dataset)
+
+
+def dataset_sources(wildcards):
+    return PLAN.dataset_sources(wildcards.dataset)
+
+
+def tokens_spec(wildcards):
+    return PLAN.tokens_spec(wildcards.tokens)
+
+
+def tokens_model(wildcards):
+    return f"results/shared/models/{PLAN.tokens_run(wildcards.tokens).model_key}"
+
+
+def tokens_dataset(wildcards):
+    return f"results/shared/datasets/{PLAN.tokens_run(wildcards.tokens).dataset_key}"
+
+
+def run_model(wildcards):
+    return f"results/shared/models/{PLAN.runs[wildcards.run].model_key}"
+
+
+def run_dataset(wildcards):
+    return f"results/shared/datasets/{PLAN.runs[wildcards.run].dataset_key}"
+
+
+def run_tokens(wildcards):
+    return f"results/shared/tokens/{PLAN.runs[wildcards.run].tokens_key}"
+
+
+def training_spec(wildcards):
+    """Canonical JSON of everything that training depends on."""
+    return PLAN.training_spec(wildcards.run)
+
+
+def evaluation_spec(wildcards):
+    """Canonical JSON of everything that evaluation depends on."""
+    return PLAN.evaluation_spec(wildcards.run)
+
+
+def run_threads(wildcards):
+    return (
+        PLAN.runs[wildcards.run].factors.gpus
+        * PLAN.runs[wildcards.run].factors.threads_per_process
+    )
+
+
+def evaluation_threads(wildcards):
+    return PLAN.runs[wildcards.run].factors.threads_per_process
+
+
+def run_gpus(wildcards):
+    return (
+        0
+        if PLAN.device == "cpu" or PLAN.runs[wildcards.run].is_base
+        else PLAN.runs[wildcards.run].factors.gpus
+    )
+
+
+def evaluation_gpus(wildcards):
+    return 0 if PLAN.device == "cpu" else 1
+
+
+def device(wildcards):
+    return PLAN.device
+
+
+def outcomes(wildcards):
+    return [f"results/{PLAN.study}/runs/{run}/outcome.json" for run in PLAN.runs]
+
+
+def evaluations(wildcards):
+    return [
+        f"results/{PLAN.study}/evaluations/{run}/evaluation.json" for run in PLAN.runs
+    ]
+
+
+def tables_plan(wildcards):
+    """The plan without the wording of the report: a new title does not make new tables."""
+    return PLAN.tables_file
+
+
+def report_plan(wildcards):
+    return PLAN.report_file

@@ -1,0 +1,55 @@
+# Models and data, prepared once and shared by all studies.
+
+
+rule prepare_model:
+    input:
+        code=sources("prepare_model"),
+        source=model_sources,
+    output:
+        directory("results/shared/models/{model}"),
+    log:
+        "logs/prepare_model/{model}.log",
+    conda:
+        "../../envs/train.yaml"
+    params:
+        spec=model_spec,
+        data_root=data_root,
+    shell:
+        "python {input.code[0]} --spec {params.spec:q} --data-root {params.data_root:q}"
+        " --destination {output} >{log} 2>&1"
+
+
+rule prepare_dataset:
+    input:
+        code=sources("prepare_dataset"),
+        source=dataset_sources,
+    output:
+        directory("results/shared/datasets/{dataset}"),
+    log:
+        "logs/prepare_dataset/{dataset}.log",
+    conda:
+        "../../envs/train.yaml"
+    params:
+        spec=dataset_spec,
+        data_root=data_root,
+    shell:
+        "python {input.code[0]} --spec {params.spec:q} --data-root {params.data_root:q}"
+        " --destination {output} >{log} 2>&1"
+
+
+rule tokenize_dataset:
+    input:
+        code=sources("tokenize_dataset"),
+        model=tokens_model,
+        dataset=tokens_dataset,
+    output:
+        directory("results/shared/tokens/{tokens}"),
+    log:
+        "logs/tokenize_dataset/{tokens}.log",
+    conda:
+        "../../envs/train.yaml"
+    params:
+        spec=tokens_spec,
+    shell:
+        "python {input.code[0]} --spec {params.spec:q} --model {input.model} --dataset {input.dataset}"
+        " --destination {output} >{log} 2>&1"

@@ -1,0 +1,80 @@
+# Tables, figures and the report: from results to answers, without touching a run again.
+
+
+localrules:
+    tables,
+    figures,
+    write_report,
+
+
+rule tables:
+    input:
+        code=sources("make_tables"),
+        outcomes=outcomes,
+        evaluations=evaluations,
+    output:
+        runs=report(
+            "results/{study}/tables/runs.csv",
+            caption="../report/runs.rst",
+            category="Tables",
+        ),
+        points="results/{study}/tables/points.csv",
+        comparisons=report(
+            "results/{study}/tables/comparisons.csv",
+            caption="../report/comparisons.rst",
+            category="Tables",
+        ),
+        experiments="results/{study}/tables/experiments.csv",
+        gates="results/{study}/tables/gates.csv",
+    log:
+        "logs/{study}/tables.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        plan=tables_plan,
+    shell:
+        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study} >{log} 2>&1"
+
+
+rule figures:
+    input:
+        code=sources("make_figures"),
+        tables=rules.tables.output,
+    output:
+        report(
+            directory("results/{study}/figures"),
+            patterns=["{name}.svg"],
+            caption="../report/figures.rst",
+            category="Figures",
+        ),
+    log:
+        "logs/{study}/figures.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        plan=tables_plan,
+    shell:
+        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
+        " --figures {output} >{log} 2>&1"
+
+
+rule write_report:
+    input:
+        code=sources("make_report"),
+        tables=rules.tables.output,
+        figures=rules.figures.output,
+    output:
+        report(
+            "results/{study}/report.html",
+            caption="../report/report.rst",
+            category="Report",
+        ),
+    log:
+        "logs/{study}/report.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        plan=report_plan,
+    shell:
+        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
+        " --output {output} >{log} 2>&1"

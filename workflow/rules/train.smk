@@ -1,0 +1,57 @@
+# Each run is trained, then evaluated. A run that fails is a result: it ends with an outcome file all the same.
+
+
+rule train:
+    input:
+        code=sources("train_run"),
+        model=run_model,
+        dataset=run_dataset,
+        tokens=run_tokens,
+    output:
+        outcome="results/{study}/runs/{run}/outcome.json",
+        steps="results/{study}/runs/{run}/steps.csv",
+        weights=directory("results/{study}/runs/{run}/weights"),
+    log:
+        "logs/{study}/train/{run}.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: run_threads
+    resources:
+        gpu=run_gpus,
+        timed_run=1,
+    params:
+        spec=training_spec,
+        device=device,
+    # The work folder is no output: it must survive a kill, and Snakemake removes the outputs of a killed job.
+    shell:
+        "python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        " --model {input.model} --dataset {input.dataset} --tokens {input.tokens}"
+        " --work results/{wildcards.study}/unfinished/{wildcards.run}"
+        " --weights {output.weights} --steps {output.steps} --outcome {output.outcome} >{log} 2>&1"
+
+
+rule evaluate:
+    input:
+        code=sources("evaluate_run"),
+        model=run_model,
+        tokens=run_tokens,
+        outcome="results/{study}/runs/{run}/outcome.json",
+        weights="results/{study}/runs/{run}/weights",
+    output:
+        evaluation="results/{study}/evaluations/{run}/evaluation.json",
+        predictions="results/{study}/evaluations/{run}/predictions.jsonl",
+    log:
+        "logs/{study}/evaluate/{run}.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: evaluation_threads
+    resources:
+        gpu=evaluation_gpus,
+    params:
+        spec=evaluation_spec,
+        device=device,
+    shell:
+        "python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        " --model {input.model} --tokens {input.tokens}"
+        " --outcome {input.outcome} --weights {input.weights}"
+        " --evaluation {output.evaluation} --predictions {output.predictions} >{log} 2>&1"

@@ -1,0 +1,32 @@
+"""Train one run and write its outcome, also when it fails; start it again after a kill and it resumes."""
+
+import argparse
+from pathlib import Path
+
+from tunemap.run import Run
+from tunemap.script import run_script
+from tunemap.training.launch import Paths, launch
+
+
+def main() -> int:
+    """Read the command line and launch the run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--spec", required=True, help="JSON of the run, as `tunemap plan --json` prints it")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    for name, meaning in {
+        "model": "folder of the prepared model",
+        "dataset": "folder of the prepared rows",
+        "tokens": "folder of the tokenised rows",
+        "work": "folder of checkpoints, removed at the end",
+        "weights": "folder to write what was learned to",
+        "steps": "csv file to write, one row per step and rank",
+        "outcome": "json file to write: how the run ended, and its measurements",
+    }.items():
+        parser.add_argument(f"--{name}", type=Path, required=True, help=meaning)
+    values = vars(parser.parse_args())
+    run, device = Run.from_json(values.pop("spec")), values.pop("device")
+    return launch(run, Paths(**values), device=device)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -9,6 +9,7 @@ from tunemap.data.rows import normalised
 from tunemap.errors import UserError
 
 PLACEHOLDER = "{prompt}"
+SHORTEST_EXAMPLE_WORDS = 5
 
 
 def check_template(template: str, name: str = "prompt_template") -> None:
@@ -46,6 +47,7 @@ def render_prompts(
 
 
 def rows_in_template(prompts: Sequence[str], prompt_template: str | None) -> int:
-    """How many prompts stand in the template word for word, that is as worked examples."""
+    """How many prompts stand in the template word for word, as worked examples; very short ones are not counted."""
     template = normalised(prompt_template or "")
-    return sum(text in template for prompt in prompts if (text := normalised(prompt)))
+    texts = [normalised(prompt) for prompt in prompts] if template else []
+    return sum(text in template for text in texts if len(text.split()) >= SHORTEST_EXAMPLE_WORDS)

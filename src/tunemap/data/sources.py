@@ -1,0 +1,198 @@
+"""Prepare a dataset: read it from its source, choose rows by seed, keep test rows out of training, write jsonl files.
+
+The folder that `prepare` writes:
+
+    train.jsonl, test.jsonl   {"id": "gsm8k-train-17", "prompt", "answer"}, or {"id", "prompt", "label", "label_name"}
+    dataset.json              task, splits and their names, rows, checksums, label names, what overlapped
+
+An id ends in the row's number in its source, whatever rows were chosen.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunemap.config import DatasetConfig
+from tunemap.data.locate import given_file, hub_files, local_folder, split_files
+from tunemap.data.made import made_records
+from tunemap.data.rows import normalised, read_rows, write_rows
+from tunemap.data.tasks import TASKS, classification_row, columns, found_label_names, generation_row, text_of
+from tunemap.errors import UserError
+from tunemap.files import sha256_of, write_json
+
+Record = dict[str, Any]
+NAMED_OVERLAPS = 20  # overlapping rows that dataset.json names
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Records as their source has them, and what the source calls its test split."""
+
+    train: list[Record]
+    test: list[Record]
+    test_split: str
+    label_names: tuple[str, ...] = field(default=())
+
+
+def prepare(dataset: DatasetConfig, destination: Path, *, data_root: Path | None) -> None:
+    """Write train.jsonl, test.jsonl and dataset.json to `destination`.
+
+    Training rows whose prompt equals a row of the whole test split (case and spaces aside) are left out, counted and
+    named in dataset.json. Rows are chosen by `seed`; a larger choice contains a smaller one.
+    """
+    raw = read_source(dataset, data_root)
+    prompt_field, _ = columns(dataset)
+    held_out = {normalised(text_of(record, prompt_field, "test row")) for record in raw.test}
+    train_prompts = [normalised(text_of(record, prompt_field, "train row")) for record in raw.train]
+    clean = [index for index, prompt in enumerate(train_prompts) if prompt not in held_out]
+    removed = sorted(set(range(len(raw.train))) - set(clean))
+    chosen = {
+        "train": _choose(clean, dataset.train_rows, dataset.seed, "train_rows"),
+        "test": _choose(range(len(raw.test)), dataset.test_rows, dataset.seed, "test_rows"),
+    }
+    label_names = label_names_of(dataset, raw)
+    rows = {
+        "train": rows_of(dataset, "train", raw.train, label_names, chosen["train"]),
+        "test": rows_of(dataset, raw.test_split, raw.test, label_names, chosen["test"]),
+    }
+    for split, split_rows in rows.items():
+        write_rows(destination / f"{split}.jsonl", split_rows)
+    tested = {normalised(row["prompt"]) for row in rows["test"]}
+    trained = [normalised(row["prompt"]) for row in rows["train"]]
+    manifest = {
+        "task": dataset.task,
+        "task_kind": TASKS[dataset.task].kind,
+        "source": dataset.model_dump(mode="json", include={"source", "id", "subset", "revision", "path"})
+        | dataset.model_dump(mode="json", include={"train_file", "test_file"}),
+        "splits": {"train": "train", "test": raw.test_split},
+        "rows": {split: len(split_rows) for split, split_rows in rows.items()},
+        "available_rows": {"train": len(raw.train), "test": len(raw.test)},
+        "seed": dataset.seed,
+        "num_labels": len(label_names) or None,
+        "label_names": list(label_names) or None,
+        "sha256": {split: sha256_of(destination / f"{split}.jsonl") for split in rows},
+        "overlap": {
+            "removed_rows": len(removed),
+            "removed": [
+                {"id": _row_id(dataset, "train", index), "prompt": text_of(raw.train[index], prompt_field, "train row")}
+                for index in removed[:NAMED_OVERLAPS]
+            ],
+            "remaining_rows": sum(prompt in tested for prompt in trained),
+            "repeated_train_rows": len(trained) - len(set(trained)),
+        },
+    }
+    write_json(destination / "dataset.json", manifest)
+
+
+def read_source(dataset: DatasetConfig, data_root: Path | None) -> RawData:
+    """All records of both splits; nothing chosen, renamed or removed yet."""
+    if dataset.source == "made":
+        made = made_records(dataset.task, train_rows=dataset.train_rows, test_rows=dataset.test_rows, seed=dataset.seed)
+        return RawData(made["train"], made["test"], "test")
+    if dataset.source == "file":
+        train, test = (read_records(given_file(dataset, key, data_root)) for key in ("train_file", "test_file"))
+        return RawData(train, test, "test")
+    if dataset.source == "hub":
+        if dataset.id is None:
+            raise UserError("source hub: id is missing; give the repository, such as openai/gsm8k")
+        return _read_hub(dataset.id, dataset.subset, dataset.revision, dataset)
+    folder = local_folder(dataset, data_root)
+    files = split_files(folder, dataset.task)
+    if not files:
+        hub_files(folder)  # complains about an empty folder in our words rather than the library's
+        return _read_hub(str(folder), dataset.subset, None, dataset)
+    (_, train_file), (test_split, test_file) = files.items()
+    return RawData(read_records(train_file), read_records(test_file), test_split)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a .jsonl, .csv or .tsv file; tables need a header line, and quotes mean nothing in a .tsv."""
+    if path.suffix == ".jsonl":
+        return read_rows(path)
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(_table(file, path))
+
+
+def _table(file: Any, path: Path) -> Iterator[Record]:
+    tabs = path.suffix == ".tsv"
+    reader = csv.reader(file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    header = next(reader, None)
+    if not header:
+        raise UserError(f"{path}: empty; expected a header line with the names of the columns")
+    for cells in reader:
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}")
+        yield dict(zip(header, cells, strict=True))
+
+
+def _read_hub(path: str, subset: str | None, revision: str | None, dataset: DatasetConfig) -> RawData:
+    """Read a repository of the hub, or a folder that looks like one, through the datasets library."""
+    import datasets
+
+    where = f"{path}, subset {subset}" if subset else path
+    with tempfile.TemporaryDirectory() as scratch:
+        # A folder's copy in the library's cache is of no further use; a download is worth keeping.
+        cache = {"cache_dir": scratch} if revision is None else {}
+        try:
+            splits = datasets.load_dataset(path, name=subset, revision=revision, **cache)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"dataset {where}: cannot be read ({type(error).__name__}: {error})") from None
+        test_split = next((name for name in TASKS[dataset.task].test_splits if name in splits), None)
+        if "train" not in splits or test_split is None:
+            raise UserError(
+                f"dataset {where}: needs a split train and one of {', '.join(TASKS[dataset.task].test_splits)}; "
+                f"it has {', '.join(splits)}"
+            )
+        answer_field = columns(dataset)[1]
+        names = getattr(splits["train"].features.get(answer_field), "names", None) or ()
+        return RawData(splits["train"].to_list(), splits[test_split].to_list(), test_split, tuple(names))
+
+
+def label_names_of(dataset: DatasetConfig, raw: RawData) -> tuple[str, ...]:
+    """The classes of a classification task: the task's own, the source's, or those found; none for generation."""
+    task = TASKS[dataset.task]
+    if task.kind != "classification":
+        return ()
+    return task.label_names or raw.label_names or found_label_names(raw.train, columns(dataset)[1])
+
+
+def rows_of(
+    dataset: DatasetConfig,
+    split: str,
+    records: Sequence[Record],
+    label_names: tuple[str, ...],
+    chosen: Sequence[int] | None = None,
+) -> list[Record]:
+    """The rows that records become, all of them or the chosen ones."""
+    fields = columns(dataset)
+    rows = []
+    for index in range(len(records)) if chosen is None else chosen:
+        row_id = _row_id(dataset, split, index)
+        if TASKS[dataset.task].kind == "classification":
+            rows.append(classification_row(row_id, records[index], *fields, label_names))
+        else:
+            rows.append(generation_row(row_id, records[index], *fields))
+    return rows
+
+
+def _row_id(dataset: DatasetConfig, split: str, index: int) -> str:
+    return f"{dataset.task}-{split}-{index}"
+
+
+def _choose(indices: Sequence[int], count: int | None, seed: int, key: str) -> list[int]:
+    """`count` of the indices in their order; the first of one shuffle, so that smaller choices nest in larger ones."""
+    if count is None:
+        return list(indices)
+    if count > len(indices):
+        raise UserError(f"{key}: {count} rows asked for, but only {len(indices)} can be used")
+    order = np.random.default_rng(seed).permutation(len(indices))[:count]
+    return [int(indices[index]) for index in np.sort(order)]

@@ -1,0 +1,89 @@
+"""The tasks that can be learned: their kind, the columns of their data, and the split that is held out for testing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tunemap.config import DatasetConfig
+from tunemap.errors import UserError
+
+TEST_SPLITS = ("test", "validation", "dev")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is fixed about a task; None where the study's `prompt_field` and `answer_field` decide."""
+
+    kind: str  # generation or classification
+    prompt_field: str | None = None
+    answer_field: str | None = None
+    label_names: tuple[str, ...] = ()
+    test_splits: tuple[str, ...] = TEST_SPLITS  # the first that exists is the test split
+
+
+TASKS = {
+    "arithmetic": Task("generation", "question", "answer"),
+    "gsm8k": Task("generation", "question", "answer"),
+    # GLUE keeps the labels of SST-2's test split to itself, so its validation split is everybody's test split.
+    "sst2": Task("classification", "sentence", "label", ("negative", "positive"), ("validation", "dev", "test")),
+    "generation": Task("generation"),
+    "classification": Task("classification"),
+}
+
+
+def columns(dataset: DatasetConfig) -> tuple[str, str]:
+    """The columns that hold the prompt (or text) and the answer (or label)."""
+    task = TASKS[dataset.task]
+    prompt, answer = dataset.prompt_field or task.prompt_field, dataset.answer_field or task.answer_field
+    if prompt is None or answer is None:
+        key = "prompt_field" if prompt is None else "answer_field"
+        raise UserError(f"task {dataset.task}: {key} is missing; name the column that holds it")
+    return prompt, answer
+
+
+def generation_row(row_id: str, record: dict[str, Any], prompt_field: str, answer_field: str) -> dict[str, Any]:
+    """A row to generate from: {"id", "prompt", "answer"}."""
+    return {
+        "id": row_id,
+        "prompt": text_of(record, prompt_field, row_id),
+        "answer": text_of(record, answer_field, row_id),
+    }
+
+
+def classification_row(
+    row_id: str, record: dict[str, Any], prompt_field: str, answer_field: str, label_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """A text with its class: {"id", "prompt", "label", "label_name"}; labels are names, or indices of names."""
+    written = text_of(record, answer_field, row_id)
+    if written in label_names:
+        label = label_names.index(written)
+    elif written.isdecimal() and int(written) < len(label_names):
+        label = int(written)
+    else:
+        allowed = ", ".join(f"{index} or {name}" for index, name in enumerate(label_names))
+        raise UserError(f"{row_id}: {answer_field} is {written!r}; expected {allowed}")
+    return {
+        "id": row_id,
+        "prompt": text_of(record, prompt_field, row_id).strip(),
+        "label": label,
+        "label_name": label_names[label],
+    }
+
+
+def found_label_names(records: list[dict[str, Any]], answer_field: str) -> tuple[str, ...]:
+    """The labels that training rows have, sorted as numbers where all of them are numbers, else as text."""
+    names = {text_of(record, answer_field, f"train row {index}") for index, record in enumerate(records)}
+    if all(name.lstrip("-").isdecimal() for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
+
+
+def text_of(record: dict[str, Any], field: str, row_id: str) -> str:
+    """The text of a field; a missing or empty one is a `UserError` that names the row and the fields it has."""
+    if field not in record:
+        raise UserError(f"{row_id}: no field {field!r}; it has {', '.join(map(str, record))}")
+    value = record[field]
+    if value is None or isinstance(value, list | dict) or not str(value).strip():
+        raise UserError(f"{row_id}: field {field!r} is {value!r}; expected text or a number")
+    return str(value)

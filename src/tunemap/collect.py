@@ -8,6 +8,7 @@
     results/STUDY/tables/comparisons.csv   each point of an experiment against its baseline
     results/STUDY/tables/gates.csv         every validity gate of every run and comparison
     results/STUDY/tables/losses.csv        loss curves, thinned for drawing
+    results/STUDY/tables/environment.csv   machine and software, with the number of runs that had each value
 
 A result that belongs to another plan is refused; a missing or broken file is a row with the reason.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -88,6 +90,7 @@ class Tables:
     comparisons: pd.DataFrame
     gates: pd.DataFrame
     losses: pd.DataFrame
+    environment: pd.DataFrame
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -121,6 +124,7 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
         comparisons=_frame(comparisons, tables.COMPARISON_COLUMNS),
         gates=_frame([*_run_gates(results), *comparison_gates], tables.GATE_COLUMNS),
         losses=pd.concat(losses) if losses else pd.DataFrame(columns=["run", *LOSS_COLUMNS]),
+        environment=_frame(_environment_rows(results), ("name", "value", "runs")),
     )
 
 
@@ -371,6 +375,18 @@ def _run_gates(results: dict[str, tables.Result]) -> Iterator[dict[str, Any]]:
         for gate in result.gates:
             kept = {key: gate.get(key) for key in ("gate", "passed", "fatal", "message")}
             yield {"scope": "run", "experiment": None, "subject": result.run, **kept}
+
+
+def _environment_rows(results: dict[str, tables.Result]) -> list[dict[str, Any]]:
+    counts = Counter(
+        item
+        for result in results.values()
+        if result.environment
+        for item in tables.fingerprint(result.environment).items()
+    )
+    names = list(dict.fromkeys(name for name, _ in counts))
+    ordered = sorted(counts.items(), key=lambda item: names.index(item[0][0]))
+    return [{"name": name, "value": value, "runs": runs} for (name, value), runs in ordered]
 
 
 def _frame(rows: list[dict[str, Any]], columns: tuple[str, ...] = ()) -> pd.DataFrame:

@@ -286,7 +286,7 @@ def unequal_factors(first: Point, second: Point, vary: list[str]) -> tuple[list[
     for key in ("model", "dataset"):
         if key not in vary and first.planned.get(key) != second.planned.get(key):
             refused.append(f"the definition of {key} {left[key]}")
-    refused += _unequal_environments(first, second, vary)
+    refused += _unequal_environments(first, second)
     refused += _unequal_orders(first, second, vary)
     return refused, named
 
@@ -295,44 +295,33 @@ def _value(value: Any) -> str:
     return "none" if value is None else str(_join(value))
 
 
-HARDWARE_KEYS = ("cpu", "gpu", "gpus", "device", "cuda", "driver", "python", "packages")
-CHANGING_PARTS = ("clock", "temperature", "uuid", "serial", "index", "util", "free", "used", "load", "power_draw")
+HARDWARE = {"cpu": ("model", "physical_cores"), "gpus": ("name", "memory_bytes", "power_limit_w")}
+VERSIONS = ("python", "packages", "cuda")
 
 
-def _hardware(result: Result) -> dict[str, set[str]]:
-    """Names and versions in a fingerprint as sets of texts, without what changes from minute to minute."""
-    found: dict[str, set[str]] = {}
-
-    def walk(path: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if not any(part in key.lower() for part in CHANGING_PARTS):
-                    walk(f"{path}.{key}", inner)
-        elif isinstance(value, list):
-            for inner in value:
-                walk(path, inner)
-        else:
-            found.setdefault(path, set()).add(str(value))
-
-    for key in HARDWARE_KEYS:
-        if key in result.environment:
-            walk(key, result.environment[key])
+def fingerprint(environment: dict[str, Any]) -> dict[str, str]:
+    """Names and versions of a fingerprint by their place in it; not clocks and loads, which change by the minute."""
+    found: dict[str, str] = {}
+    for part, keys in HARDWARE.items():
+        devices = environment.get(part) or []
+        for key in keys:
+            values = {str(device.get(key)) for device in (devices if isinstance(devices, list) else [devices])}
+            found[f"{part}.{key}"] = " + ".join(sorted(values)) or "none"
+    for part in VERSIONS:
+        value = environment.get(part)
+        found |= {f"{part}.{k}": str(v) for k, v in value.items()} if isinstance(value, dict) else {part: str(value)}
     return found
 
 
-def _unequal_environments(first: Point, second: Point, vary: list[str]) -> list[str]:
+def _unequal_environments(first: Point, second: Point) -> list[str]:
+    """Where the machines or the software of two points differ; nothing where a result has no fingerprint."""
+    fingerprints = [fingerprint(result.environment) for result in [*second.ok, *first.ok] if result.environment]
     differing: dict[str, str] = {}
-    reference = next((_hardware(result) for result in second.ok), {})
-    for result in [*first.ok, *second.ok]:
-        this = _hardware(result)
-        for key in this.keys() & reference.keys():
-            if this[key] != reference[key]:
-                differing[key] = f"{key} ({_set(this[key])} against {_set(reference[key])})"
+    for this in fingerprints[1:]:
+        for key, expected in fingerprints[0].items():
+            if this.get(key, "none") != expected:
+                differing[key] = f"{key} ({this.get(key, 'none')} against {expected})"
     return list(differing.values())
-
-
-def _set(values: set[str]) -> str:
-    return " + ".join(sorted(values))
 
 
 def _unequal_orders(first: Point, second: Point, vary: list[str]) -> list[str]:

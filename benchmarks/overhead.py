@@ -1,0 +1,185 @@
+"""What our own instruments cost: the step time of an instrumented loop over that of the same loop without them.
+
+    python benchmarks/overhead.py                     # ~25M-parameter Qwen2, 8 x 128 tokens, CPU, under 2 minutes
+    python benchmarks/overhead.py --device cuda --pairs 200
+    python benchmarks/overhead.py --output benchmarks/results/overhead.json
+
+Both loops train the same model with the same optimizer on the same batch. Steps alternate in pairs, in random order
+within a pair, so that drift of the machine falls on both alike; the ratio is the median over pairs, its interval a
+bootstrap over pairs. CPU time is printed beside wall time: on a machine shared with others it is the steadier one.
+The target is a ratio under 1.01. Beside it stands the cost of the instruments alone, timed without any model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tunemap.measure.clock import PHASES, StepClock, summarise
+from tunemap.measure.environment import environment
+
+WINDOW = 10  # steps between flushes, as in a run
+TARGET = 1.01
+
+
+def model_of_25_million() -> Qwen2ForCausalLM:
+    """A Qwen2 with about 25 million parameters, random weights."""
+    config = Qwen2Config(
+        vocab_size=16384,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+class Loops:
+    """The same step, bare and instrumented, on one model."""
+
+    def __init__(self, device: str) -> None:
+        torch.manual_seed(0)
+        self.model = model_of_25_million().to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.ids = torch.randint(0, 16384, (8, 128), device=device)
+        self.clock = StepClock(device)
+        self.losses: list[torch.Tensor] = []
+        self.step = 0
+
+    def bare(self) -> None:
+        """A PyTorch training step and nothing else."""
+        loss = self.model(input_ids=self.ids, labels=self.ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def instrumented(self) -> None:
+        """The same, with phases marked, the loss kept, and once a window everything read and summarised."""
+        self.clock.begin(self.step)
+        self.clock.mark("data")
+        loss = self.model(input_ids=self.ids, labels=self.ids).loss
+        self.clock.mark("forward")
+        loss.backward()
+        self.clock.mark("backward")
+        self.losses.append(loss.detach())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.clock.mark("optimizer")
+        self.clock.end()
+        self.step += 1
+        if self.step % WINDOW == 0:
+            torch.stack(self.losses).tolist()
+            self.losses.clear()
+            summarise([record.step_time_s for record in self.clock.flush()])
+
+
+def timed(work: Callable[[], None], device: str) -> tuple[float, float]:
+    """Wall and CPU seconds of `work`, the device idle before and after."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def paired_times(loops: Loops, device: str, pairs: int, limit_s: float) -> np.ndarray:
+    """Seconds as [pair, bare | instrumented, wall | CPU]; stops at `limit_s` with the pairs that it has."""
+    works = (loops.bare, loops.instrumented)
+    for work in works:
+        work()
+    shuffle = random.Random(0)
+    times: list[list[tuple[float, float]]] = []
+    started = time.perf_counter()
+    while len(times) < pairs and time.perf_counter() - started < limit_s:
+        order = [0, 1]
+        shuffle.shuffle(order)
+        found = {index: timed(works[index], device) for index in order}
+        times.append([found[0], found[1]])
+    return np.array(times)
+
+
+def median_ratio(bare: np.ndarray, instrumented: np.ndarray) -> dict[str, float]:
+    """Median over pairs of instrumented / bare, with a 95 % bootstrap interval over pairs."""
+    ratios = instrumented / bare
+    samples = np.random.default_rng(0).choice(ratios, size=(10_000, ratios.size))
+    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
+    return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
+
+
+def instruments_alone_s(device: str) -> float:
+    """Host seconds that the instruments take in one step: five stamps, and their share of a window's flush."""
+    clock, steps = StepClock(device), 5_000
+    start = time.process_time()
+    for step in range(steps):
+        clock.begin(step)
+        for phase in PHASES:
+            clock.mark(phase)
+        clock.end()
+        if step % WINDOW == WINDOW - 1:
+            summarise([record.step_time_s for record in clock.flush()])
+    return (time.process_time() - start) / steps
+
+
+def measure(device: str, pairs: int, limit_s: float) -> dict[str, Any]:
+    """Everything that this benchmark says, as JSON-able data."""
+    loops = Loops(device)
+    times = paired_times(loops, device, pairs, limit_s)
+    alone_s = instruments_alone_s(device)
+    bare_s = float(np.median(times[:, 0, 0]))
+    return {
+        "device": device,
+        "parameters": sum(parameter.numel() for parameter in loops.model.parameters()),
+        "pairs": len(times),
+        "bare_step_s": bare_s,
+        "wall": median_ratio(times[:, 0, 0], times[:, 1, 0]),
+        "cpu": median_ratio(times[:, 0, 1], times[:, 1, 1]),
+        "instruments_alone_s": alone_s,
+        "instruments_alone_share": alone_s / bare_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--pairs", type=int, default=40, help="pairs of steps (default: %(default)s)")
+    parser.add_argument(
+        "--limit-s", type=float, default=80.0, help="stop pairing after this long (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write the result with its environment as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = measure(arguments.device, arguments.pairs, arguments.limit_s)
+    millions = result["parameters"] / 1e6
+    print(f"{millions:.1f} M parameters, {result['pairs']} pairs of steps, bare {result['bare_step_s']:.4f} s/step")
+    for clock in ("wall", "cpu"):
+        ratio = result[clock]
+        verdict = "under" if ratio["high"] < TARGET else "not shown to be under"
+        print(
+            f"{clock:>4} time, instrumented / bare: {ratio['ratio']:.4f} "
+            f"[{ratio['low']:.4f}, {ratio['high']:.4f}], {verdict} {TARGET}"
+        )
+    share = result["instruments_alone_share"]
+    print(f"instruments alone: {result['instruments_alone_s'] * 1e6:.1f} µs/step, {share:.2e} of the bare step")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        record = result | {"environment": environment(Path(__file__).resolve().parents[1]).as_dict()}
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

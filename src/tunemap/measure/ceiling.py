@@ -17,7 +17,7 @@ DTYPES = ("float32", "tfloat32", "bfloat16", "float16")
 # Square products n × n × n. Large enough to fill the device, small enough for seconds of measuring.
 _SIZES = {"cuda": (2048, 4096, 8192, 16384), "cpu": (512, 1024, 2048)}
 _LIMIT_S = 4.0
-_MAX_REPEATS = 30
+_MAX_REPEATS = 100
 
 
 @dataclass(frozen=True)

@@ -304,6 +304,43 @@ def test_fsdp_holds_half_the_parameters_and_gathers_one_block_at_a_time(fake_ran
     assert tracker.peak_allocated_bytes < 3 * layers * shard + layers * one_layer + 4 * one_layer
 
 
+@pytest.fixture
+def single_rank(tmp_path):
+    """A real gloo process group of one."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp with bucket views", "fsdp"])
+def test_peak_of_a_distributed_step_equals_the_profilers_to_the_byte(single_rank, strategy, tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = tiny_model("full")
+    if strategy == "fsdp":
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=strategy != "ddp")
+    optimizer = optimizer_of(model)
+    ids = torch.randint(0, 320, (4, 64))
+    for _ in range(2):
+        one_step(model, optimizer, ids)
+    with track_live_storage(model, optimizer) as tracker:
+        one_step(model, optimizer, ids, tracker)
+    above_start = profiled_peak_above_start(lambda: one_step(model, optimizer, ids), tmp_path / "trace.json")
+    assert tracker.peak_allocated_bytes == tracker.end_allocated_bytes + above_start
+    if strategy != "fsdp":
+        weights = sum(p.numel() * 4 for p in model.parameters())
+        assert tracker.breakdown_bytes["other"] == weights + ids.numel() * 8  # the buckets and the batch
+
+
 def test_host_peak_rises_with_an_allocation_and_falls_on_reset():
     if not reset_host_rss_peak():
         pytest.skip("this kernel does not let a process reset its own peak")

@@ -52,9 +52,9 @@ OUTCOME_WORDS = {
     "missing": "not run",
 }
 PARTS = {  # of peak memory; a sequence of one hue, so that no part is taken for a method
-    "parameters_bytes": ("parameters", "#2f3b4c"),
-    "gradients_bytes": ("gradients", "#5b6b80"),
-    "optimizer_bytes": ("optimizer", "#8b9bb0"),
+    "parameters_bytes": ("parameters", "#46566c"),
+    "gradients_bytes": ("gradients", "#6b7c93"),
+    "optimizer_bytes": ("optimizer", "#93a3b8"),
     "activations_bytes": ("activations", "#b9c5d3"),
     "other_bytes": ("other", "#dfe5ec"),
 }

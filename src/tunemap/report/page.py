@@ -18,7 +18,7 @@ from tunemap.files import read_json, write_atomic
 from tunemap.report import words
 from tunemap.report.definitions import DEFINITIONS
 from tunemap.report.figures import AXIS, GRID, INK, OUTCOME_WORDS, PAPER, write_figures
-from tunemap.report.tables import p_text, ratio_text, records, signed
+from tunemap.report.tables import p_text, records, signed
 
 Row = dict[str, Any]
 PAGE_COLOURS = {INK: "currentColor", AXIS: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
@@ -127,7 +127,7 @@ class Section:
     vary: str
     verdict: str
     columns: list[str]
-    rows: list[list[str]]
+    rows: list[list[Cell]]
     caveats: list[str]
     figures: list[Picture]
 
@@ -140,7 +140,7 @@ def _section(
     rows = [_cells(point, by_label.get((point["model"], point["dataset"], point["point"]))) for point in points]
     caveats: dict[str, list[str]] = {}
     for row in comparisons:
-        for caveat in filter(None, [row["caveat"], f"not compared: it {row['refused']}" if row["refused"] else None]):
+        for caveat in filter(None, [row["caveat"], f"not compared: {row['refused']}" if row["refused"] else None]):
             caveats.setdefault(caveat, []).append(row["point"])
     return Section(
         name=experiment["name"],
@@ -167,51 +167,50 @@ COLUMNS = [
     "Point",
     "Runs ok",
     "Accuracy, %",
-    "Against baseline, points",
-    "Holm p",
     "Throughput, tokens/s",
-    "Against baseline",
     "Peak memory, MiB",
-    "Against baseline",
     "Loss",
     "Trainable parameters",
     "Pareto front",
 ]
+Cell = tuple[str, str]  # a value, and below it how it compares with the baseline
 
 
-def _cells(point: Row, comparison: Row | None) -> list[str]:
+def _cells(point: Row, comparison: Row | None) -> list[Cell]:
     """One row of an experiment's table; an em dash is a value that does not exist."""
     compared = comparison if comparison and not comparison["refused"] else {}
+    is_baseline = comparison is None and point["method_kind"] != "base"
+    accuracy = words.accuracy_text(point).replace(" %", "")
     cells = [
-        point["point"],
-        f"{point['seeds']} of {point['runs']}",
-        words.accuracy_text(point).replace(" %", ""),
-        _difference(compared),
-        p_text(compared.get("accuracy_p_holm")),
-        _with_interval(point, "tokens_per_second", 1, 0),
-        _ratio(compared, "throughput_ratio", compared.get("throughput_verdict")),
-        _with_interval(point, "peak_allocated_bytes", 2**-20, 1),
-        _ratio(compared, "memory_ratio", None),
-        "" if point["train_loss"] is None else f"{point['train_loss']:.3g}",
-        "" if point["trainable_parameters"] is None else f"{point['trainable_parameters']:,.0f}",
-        point["front"] or "",
+        (point["point"], "baseline" if is_baseline else ""),
+        (f"{point['seeds']} of {point['runs']}", ""),
+        (accuracy, _difference(compared)),
+        (_with_interval(point, "tokens_per_second", 1, 0), _ratio(compared, "throughput")),
+        (_with_interval(point, "peak_allocated_bytes", 2**-20, 1), _ratio(compared, "memory")),
+        ("" if point["train_loss"] is None else f"{point['train_loss']:.3g}", ""),
+        ("" if point["trainable_parameters"] is None else f"{point['trainable_parameters']:,.0f}", ""),
+        (point["front"] or "", ""),
     ]
-    if comparison is None and point["method_kind"] != "base":
-        cells[3] = cells[6] = cells[8] = "baseline"
-    return [cell or "—" for cell in cells]
+    return [(value or "—", below) for value, below in cells]
 
 
 def _difference(row: Row) -> str:
     if row.get("accuracy_difference") is None:
         return ""
     low, high = signed(100 * row["accuracy_difference_low"]), signed(100 * row["accuracy_difference_high"])
-    return f"{signed(100 * row['accuracy_difference'])} ({low} to {high}): {row['accuracy_verdict']}"
+    test = f", p {p_text(row['accuracy_p_holm'])}" if row["accuracy_p_holm"] is not None else ""
+    return f"{signed(100 * row['accuracy_difference'])} ({low} to {high}): {row['accuracy_verdict']}{test}"
 
 
-def _ratio(row: Row, name: str, verdict: str | None) -> str:
-    if row.get(name) is None:
+def _ratio(row: Row, measure: str) -> str:
+    ratio, low, high = (row.get(f"{measure}_ratio{suffix}") for suffix in ("", "_low", "_high"))
+    if ratio is None:
         return ""
-    return ratio_text(row, name) + (f": {verdict}" if verdict else "")
+    text = f"{ratio:.2f}×"
+    if low is not None and high is not None and low != high:
+        text += f" ({low:.2f} to {high:.2f})"
+    verdict = row.get(f"{measure}_verdict")
+    return f"{text}: {verdict}" if verdict else text
 
 
 def _with_interval(point: Row, name: str, factor: float, digits: int) -> str:

@@ -29,6 +29,7 @@ DATA_FACTORS = frozenset(
 # Training without weight gradients of the frozen part needs 4 of 6 FLOPs per token and parameter.
 LARGEST_ADAPTER_SPEED_UP = 1.5
 
+SEPARATOR = " · "  # in the label of a point
 POINT_MEASURES = (  # mean over seeds with t interval
     "tokens_per_second",
     "samples_per_second",
@@ -167,15 +168,15 @@ def _labels(groups: list[list[Result]], vary: list[str]) -> list[str]:
             if key not in vary and key != "seed" and len({repr(factors[index].get(key)) for index in alike}) > 1
         ]
         for index in alike:
-            more = ", ".join(_words(key, factors[index].get(key), always=True) for key in differing)
-            labels[index] = f"{label}, {more}"
+            more = [_words(key, factors[index].get(key), always=True) for key in differing]
+            labels[index] = SEPARATOR.join([label, *more])
     return labels
 
 
 def _label(values: dict[str, Any], vary: list[str], shown: list[str]) -> str:
     places = [str(values[key]) for key in ("model", "dataset") if key in vary]
     details = [_words(key, values[key]) for key in shown if key not in ("model", "dataset", "method")]
-    return ", ".join(part for part in [*places, values["method"], *details] if part)
+    return SEPARATOR.join(part for part in [*places, values["method"], *details] if part)
 
 
 def _words(key: str, value: Any, always: bool = False) -> str:
@@ -399,14 +400,12 @@ def _comparison(point: Point, baseline: Point, vary: list[str]) -> dict[str, Any
     named: list[str] = []
     if not point.is_base:
         refused, named = unequal_factors(point, baseline, vary)
-    if not point.is_base:
-        message = f"differs from {baseline.label} in more than the varied factors: {'; '.join(refused)}"
-        row["gates"].append(
-            _gate(point, "equal_factors", not refused, message if refused else f"equal to {baseline.label}")
-        )
+        unequal = f"{point.label} differs from {baseline.label} in more than the varied factors: {'; '.join(refused)}"
+        message = unequal if refused else f"equal to {baseline.label} but for the varied factors"
+        row["gates"].append(_gate(point, "equal_factors", not refused, message))
     unusable = [one for one in (point, baseline) if not one.ok]
     if refused:
-        row["refused"] = f"differs in more than the varied factors: {'; '.join(refused)}"
+        row["refused"] = unequal
     elif unusable:
         row["refused"] = "; ".join(f"{one.label} has no run that ended ok ({_endings(one)})" for one in unusable)
     if "refused" in row:

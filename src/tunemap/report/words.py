@@ -8,7 +8,7 @@ from tunemap.report.tables import ratio_text, signed
 from tunemap.statistics import NOT_DISTINGUISHABLE
 
 Row = dict[str, Any]
-WIDE_POINTS = 5.0  # an interval that allows a larger loss of accuracy is called wide
+WIDE_POINTS = 5.0  # an interval that allows a larger loss of accuracy shows nothing to be kept
 MOST_NAMES = 6  # in a sentence; more are counted
 
 
@@ -49,7 +49,7 @@ def _alone(points: list[Row], refused: list[Row]) -> list[str]:
     if not measured:
         return ["No run ended ok, so there is nothing to recommend; the failed runs are listed below."]
     if refused:
-        return [f"{row['point']} was not compared with {row['baseline']}: it {row['refused']}." for row in refused]
+        return [f"{row['point']} was not compared with {row['baseline']}: {row['refused']}." for row in refused]
     point = measured[0]
     accuracy = "" if point["accuracy"] is None else f" with {accuracy_text(point)} of the test answers correct"
     return [f"Only {point['point']} was measured{accuracy}: there is nothing to compare it with."]
@@ -58,32 +58,29 @@ def _alone(points: list[Row], refused: list[Row]) -> list[str]:
 def _cheapest(compared: list[Row]) -> str:
     """The point with the least memory whose accuracy holds up, or that there is none."""
     baseline = compared[0]["baseline"]
-    holding = [
-        row
-        for row in compared
-        if row["accuracy_verdict"] in (NOT_DISTINGUISHABLE, "higher") and (row["memory_ratio"] or 9) < 1
-    ]
+    smaller = [row for row in compared if row["memory_ratio"] is not None and row["memory_ratio"] < 1]
+    holding = [row for row in smaller if row["accuracy_verdict"] in (NOT_DISTINGUISHABLE, "higher")]
     if not holding:
-        return f"No point keeps the accuracy of {baseline} with less memory: use {baseline}, or accept the loss below."
-    row = min(holding, key=lambda one: one["memory_ratio"])
+        return f"No point keeps the accuracy of {baseline} with less memory."
+    narrow = [row for row in holding if -100 * row["accuracy_difference_low"] <= WIDE_POINTS]
+    row = min(narrow or holding, key=lambda one: one["memory_ratio"])
     difference = (
         f"{signed(100 * row['accuracy_difference'])} points, 95 % interval "
         f"{signed(100 * row['accuracy_difference_low'])} to {signed(100 * row['accuracy_difference_high'])}"
     )
-    if row["accuracy_verdict"] == "higher":
-        text = f"{row['point']} is more accurate than {baseline} ({difference})"
-    else:
-        text = f"{row['point']} reaches the accuracy of {baseline} within the interval ({difference})"
-    text += f" at {row['memory_ratio']:.2f}× its peak memory"
+    cost = f"at {row['memory_ratio']:.2f}× its peak memory"
     if row["throughput_ratio"] is not None:
-        text += f"; throughput {ratio_text(row, 'throughput_ratio')}: {_speed_word(row['throughput_verdict'])}"
+        cost += f"; throughput {ratio_text(row, 'throughput_ratio')}: {_speed_word(row['throughput_verdict'])}"
+    if row["accuracy_verdict"] == "higher":
+        return f"{row['point']} is more accurate than {baseline} ({difference}) {cost}."
+    if narrow:
+        return f"{row['point']} reaches the accuracy of {baseline} within the interval ({difference}) {cost}."
     worst = -100 * row["accuracy_difference_low"]
-    if worst > WIDE_POINTS:
-        text += (
-            f". The interval is wide: it does not exclude a loss of {worst:.0f} points; "
-            "more seeds or more test examples would narrow it"
-        )
-    return f"{text}."
+    return (
+        f"No smaller point is shown to keep the accuracy of {baseline}. The accuracy of {row['point']} is not "
+        f"distinguishable from it ({difference}) {cost}. But the interval is wide: it does not exclude a loss of "
+        f"{worst:.0f} points; more seeds or more test examples would narrow it."
+    )
 
 
 def _speed_word(verdict: str | None) -> str:
@@ -157,4 +154,4 @@ def verdict(comparisons: list[Row]) -> str:
 def _names(names: list[str]) -> str:
     if len(names) > MOST_NAMES:
         return f"{len(names)} points"
-    return " · ".join(names)
+    return ", ".join(names)

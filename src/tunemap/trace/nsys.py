@@ -1,0 +1,428 @@
+"""Reader for SQLite exports of Nsight Systems, 2022 to 2026 (`nsys export --type sqlite`).
+
+Only the standard library and numpy. Tables and columns come and go between versions (a report without CUDA work has
+no CUPTI tables at all), so every query is made from what `PRAGMA table_info` shows; an absent table reads as an empty
+one. Rows come in any order. Text may not be UTF-8. The file is opened read-only and its metadata tables, which hold
+the environment, user and process names, are never read.
+
+The cost of a big export is making Python integers out of SQLite rows, not SQLite itself. The kernel table is
+therefore read as three packed integers a row (5 million rows: about 3 s instead of 5 s); a row that does not fit
+falls back to plain columns for the whole table, with the same result.
+"""
+
+import itertools
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from tunemap.errors import UserError
+from tunemap.trace.arrays import (
+    MEMSET,
+    UNKNOWN_MEMORY,
+    Array,
+    Calls,
+    Copies,
+    Kernels,
+    Messages,
+    Process,
+    Ranges,
+    Trace,
+    dense,
+)
+
+GRAPH_NAME = "CUDA graph (traced as a whole)"
+
+_CHUNK_ROWS = 1 << 18
+_RANGE_EVENTS = (59, 60, 70, 71)  # push/pop and start/end, without and with the extended payload
+_VERSION_SUFFIX = re.compile(r"_v\d+$")
+_LOSS = re.compile(r"\b(lost|dropped|discard|overflow|incomplete)", re.IGNORECASE)
+
+
+def read_nsys(path: Path, keep_range: Callable[[str], bool]) -> Trace:
+    """Read one export.
+
+    `keep_range` says by name which NVTX ranges to keep; the others are skipped while reading. Raises `UserError` for
+    a file that is damaged, locked, or from before nsys 2022.
+    """
+    try:
+        with _Export(path) as export:
+            return export.read(keep_range)
+    except sqlite3.Error as error:
+        raise UserError(_explain(path, error)) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: a column that must hold integers holds something else ({error})") from error
+
+
+def _explain(path: Path, error: sqlite3.Error) -> str:
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return f"{path}: another program is writing this file (database is locked); wait until the export is done"
+    if "malformed" in text or "not a database" in text or "disk I/O" in text:
+        return f"{path}: damaged or truncated SQLite file ({text}); export the .nsys-rep again"
+    return f"{path}: cannot read this SQLite file: {text}"
+
+
+def _uri(path: Path) -> str:
+    """The read-only URI under which SQLite neither writes to the file nor creates one beside it.
+
+    `immutable=1` makes SQLite ignore locks and journals. That is wrong while an export is being written, and needed
+    for write-ahead-log files, for which even a reader would create -wal and -shm beside the input.
+    """
+    header = path.open("rb").read(100)
+    size = path.stat().st_size
+    page_bytes = int.from_bytes(header[16:18], "big")
+    page_bytes = 65536 if page_bytes == 1 else page_bytes
+    pages, fresh = int.from_bytes(header[28:32], "big"), header[24:28] == header[92:96]
+    if len(header) < 100 or (fresh and pages * page_bytes > size):
+        raise UserError(
+            f"{path}: truncated: its header announces {pages * page_bytes} bytes, the file has {size}; "
+            "export the .nsys-rep again"
+        )
+    for suffix in ("-wal", "-journal"):
+        journal = path.with_name(path.name + suffix)
+        if journal.exists() and journal.stat().st_size:
+            raise UserError(
+                f"{path}: {journal.name} beside it holds unfinished changes; wait until the export is done, or "
+                "export the .nsys-rep again"
+            )
+    write_ahead = header[18] == 2 or header[19] == 2
+    return f"file:{quote(str(path.resolve()))}?mode=ro" + ("&immutable=1" if write_ahead else "")
+
+
+class _Export:
+    """One open export."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        self.strings: dict[int, str] = {}
+        self.names: dict[str, int] = {}
+        self.processes: dict[int, int] = {}  # globalPid >> 24 -> index
+
+    def __enter__(self) -> "_Export":
+        self.connection = sqlite3.connect(_uri(self.path), uri=True, timeout=0.5)
+        self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        self.connection.execute("PRAGMA query_only = ON")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+    def read(self, keep_range: Callable[[str], bool]) -> Trace:
+        tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
+        if "StringIds" not in tables and not any(t.startswith("CUPTI_") for t in tables):
+            raise UserError(
+                f"{self.path}: an SQLite file, but no nsys export (neither StringIds nor CUPTI tables); "
+                "make one with: nsys export --type sqlite REPORT.nsys-rep"
+            )
+        kernels = Kernels.concatenate([self._kernels(), self._graphs()])
+        copies = Copies.concatenate([self._memcpy(), self._memset()])
+        calls = self._calls()
+        ranges = self._ranges(keep_range)
+        if len(kernels) + len(copies) == 0:
+            self.notes.append(f"{self.path.name}: no CUDA kernels, copies or memsets in this export")
+        elif len(calls) == 0:
+            self.notes.append(f"{self.path.name}: no CUDA API calls: launches and phases cannot be attributed")
+        self._diagnostics()
+        return Trace(
+            source="nsys",
+            processes=tuple(
+                Process(self.path.name, key & 0xFFFFFF, device_names=self._device_names(key & 0xFFFFFF))
+                for key in self.processes
+            ),
+            names=tuple(self.names),
+            kernels=kernels,
+            copies=copies,
+            calls=calls,
+            ranges=ranges,
+            messages=Messages.empty(),
+            notes=tuple(self.notes),
+        )
+
+    # -- tables ------------------------------------------------------------------------------------------------
+
+    def _columns(self, table: str) -> set[str]:
+        return {row[1] for row in self.connection.execute(f'PRAGMA table_info("{table}")')}
+
+    def _select(self, table: str, wanted: dict[str, int | None], where: str = "") -> Array | None:
+        """Rows of integers (n, len(wanted)); None when the table is absent or empty.
+
+        `wanted` gives for each column what an absent column or a NULL means; None makes the column a must.
+        """
+        present = self._columns(table)
+        if not present:
+            return None
+        missing = [name for name, default in wanted.items() if default is None and name not in present]
+        if missing:
+            raise UserError(
+                f"{self.path}: {table} has no column {', '.join(missing)}; exports of nsys 2022 or later are supported"
+            )
+        expressions = [
+            str(default) if name not in present else f"COALESCE({name}, {0 if default is None else default})"
+            for name, default in wanted.items()
+        ]
+        cursor = self.connection.execute(f'SELECT {", ".join(expressions)} FROM "{table}" {where}')
+        parts = list(_chunks(cursor, len(wanted)))
+        return np.concatenate(parts) if parts else None
+
+    def _valid(self, rows: Array, table: str, start: int = 0, end: int = 1) -> Array:
+        good = rows[:, end] >= rows[:, start]
+        if good.all():
+            return rows
+        self._note_invalid(int((~good).sum()), table)
+        return rows[good]
+
+    def _note_invalid(self, count: int, table: str) -> None:
+        self.notes.append(f"{self.path.name}: {count} rows of {table} end before they start and were left out")
+
+    def _process(self, keys: Array) -> Array:
+        distinct, position = dense(keys)
+        index = np.array([self.processes.setdefault(int(k), len(self.processes)) for k in distinct], np.int16)
+        return index[position] if len(keys) else np.empty(0, np.int16)
+
+    def _name(self, ids: Array, clean: Callable[[str], str] = lambda text: text) -> Array:
+        distinct, position = dense(ids)
+        wanted = [int(i) for i in distinct if int(i) not in self.strings]
+        for at in range(0, len(wanted), 500):
+            part = wanted[at : at + 500]
+            marks = ",".join("?" * len(part))
+            self.strings.update(self.connection.execute(f"SELECT id, value FROM StringIds WHERE id IN ({marks})", part))
+        texts = [clean(self.strings.get(int(i)) or f"<name {int(i)} is not in the export>") for i in distinct]
+        index = np.array([self.names.setdefault(text, len(self.names)) for text in texts], np.int32)
+        return index[position] if len(ids) else np.empty(0, np.int32)
+
+    # -- device work -------------------------------------------------------------------------------------------
+
+    def _kernels(self) -> Kernels:
+        table = "CUPTI_ACTIVITY_KIND_KERNEL"
+        present = self._columns(table)
+        if not present:
+            return Kernels.empty()
+        name = "demangledName" if "demangledName" in present else "shortName"
+        must = {"start", "end", "deviceId", "streamId", "globalPid", "correlationId", name}
+        if must - present:
+            raise UserError(
+                f"{self.path}: {table} has no column {', '.join(sorted(must - present))}; "
+                "exports of nsys 2022 or later are supported"
+            )
+        columns = self._kernels_packed(table, name)
+        if columns is None:
+            columns = self._kernels_plain(table, name)
+        start, duration, device, stream, key, correlation, names = columns
+        rows = Kernels.build(
+            process=self._process(key),
+            device=device,
+            stream=stream,
+            start_ns=start,
+            end_ns=start + duration,
+            name=self._name(names),
+            correlation=correlation,
+            counted=np.ones(len(start), bool),
+        )
+        if len(start) and (invalid := duration < 0).any():
+            self._note_invalid(int(invalid.sum()), table)
+            return rows.take(~invalid)
+        return rows
+
+    def _kernels_packed(self, table: str, name: str) -> list[Array] | None:
+        """Three non-negative integers a row; -1 marks a row that does not fit, then None."""
+        cursor = self.connection.execute(
+            f"""SELECT
+            CASE WHEN start BETWEEN 0 AND {2**47 - 1} AND streamId BETWEEN 0 AND {2**16 - 1}
+                 THEN (start << 16) | streamId ELSE -1 END,
+            CASE WHEN end - start BETWEEN 0 AND {2**33 - 1} AND deviceId BETWEEN 0 AND {2**6 - 1}
+                  AND {name} BETWEEN 0 AND {2**24 - 1}
+                 THEN ((end - start) << 30) | (deviceId << 24) | {name} ELSE -1 END,
+            CASE WHEN globalPid BETWEEN 0 AND {2**55 - 1} AND correlationId BETWEEN 0 AND {2**32 - 1}
+                 THEN ((globalPid >> 24) << 32) | correlationId ELSE -1 END
+            FROM "{table}" """
+        )
+        parts: list[list[Array]] = []
+        for a, b, c in ((chunk[:, 0], chunk[:, 1], chunk[:, 2]) for chunk in _chunks(cursor, 3)):
+            if min(a.min(), b.min(), c.min()) < 0:
+                return None
+            device = (b >> 24 & 0x3F).astype(np.int16)
+            stream, names = (a & 0xFFFF).astype(np.int32), (b & 0xFFFFFF).astype(np.int32)
+            parts.append([a >> 16, b >> 30, device, stream, (c >> 32).astype(np.int32), c & 0xFFFFFFFF, names])
+        if not parts:
+            return [np.empty(0, np.int64)] * 7
+        columns = []
+        for i in range(7):  # one column at a time: the parts of a column are freed before the next one is joined
+            columns.append(np.concatenate([part[i] for part in parts]))
+            for part in parts:
+                part[i] = part[i][:0]
+        return columns
+
+    def _kernels_plain(self, table: str, name: str) -> list[Array]:
+        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid"])
+        rows = self._select(table, wanted | {"correlationId": -1, name: -1})
+        if rows is None:
+            return [np.empty(0, np.int64)] * 7
+        start, end, device, stream, pid, correlation, names = rows.T
+        return [start, end - start, device, stream, pid >> 24, correlation, names]
+
+    def _graphs(self) -> Kernels:
+        """Graphs traced as a whole keep the device busy, but hide their kernels."""
+        table = "CUPTI_ACTIVITY_KIND_GRAPH_TRACE"
+        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid"])
+        rows = self._select(table, wanted | {"correlationId": -1})
+        if rows is None:
+            return Kernels.empty()
+        self.notes.append(
+            f"{self.path.name}: {len(rows)} CUDA graphs were traced as a whole, their kernels are not in the export; "
+            "capture with --cuda-graph-trace=node to see them"
+        )
+        start, end, device, stream, pid, correlation = self._valid(rows, table).T
+        return Kernels.build(
+            process=self._process(pid >> 24),
+            device=device,
+            stream=stream,
+            start_ns=start,
+            end_ns=end,
+            name=np.full(len(start), self.names.setdefault(GRAPH_NAME, len(self.names))),
+            correlation=correlation,
+            counted=np.ones(len(start), bool),
+        )
+
+    def _memcpy(self) -> Copies:
+        table = "CUPTI_ACTIVITY_KIND_MEMCPY"
+        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid", "bytes"])
+        wanted |= {"copyKind": 0, "correlationId": -1, "srcKind": UNKNOWN_MEMORY, "dstKind": UNKNOWN_MEMORY}
+        rows = self._select(table, wanted | {"srcDeviceId": -1, "dstDeviceId": -1})
+        if rows is None:
+            return Copies.empty()
+        start, end, device, stream, pid, size, kind, correlation, source, target, source_device, target_device = (
+            self._valid(rows, table).T
+        )
+        return Copies.build(
+            process=self._process(pid >> 24),
+            device=device,
+            stream=stream,
+            start_ns=start,
+            end_ns=end,
+            correlation=correlation,
+            bytes=size,
+            kind=kind,
+            source_memory=source,
+            target_memory=target,
+            source_device=source_device,
+            target_device=target_device,
+        )
+
+    def _memset(self) -> Copies:
+        table = "CUPTI_ACTIVITY_KIND_MEMSET"
+        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid", "bytes"])
+        rows = self._select(table, wanted | {"correlationId": -1, "memKind": UNKNOWN_MEMORY})
+        if rows is None:
+            return Copies.empty()
+        start, end, device, stream, pid, size, correlation, memory = self._valid(rows, table).T
+        return Copies.build(
+            process=self._process(pid >> 24),
+            device=device,
+            stream=stream,
+            start_ns=start,
+            end_ns=end,
+            correlation=correlation,
+            bytes=size,
+            kind=np.full(len(start), MEMSET),
+            source_memory=memory,
+            target_memory=memory,
+            source_device=device,
+            target_device=device,
+        )
+
+    # -- host side ---------------------------------------------------------------------------------------------
+
+    def _calls(self) -> Calls:
+        table = "CUPTI_ACTIVITY_KIND_RUNTIME"
+        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "globalTid", "nameId"])
+        rows = self._select(table, wanted | {"correlationId": -1})
+        if rows is None:
+            return Calls.empty()
+        start, end, thread, name, correlation = self._valid(rows, table).T
+        return Calls.build(
+            process=self._process(thread >> 24),
+            thread=thread & 0xFFFFFF,
+            start_ns=start,
+            end_ns=end,
+            name=self._name(name, lambda text: _VERSION_SUFFIX.sub("", text)),
+            correlation=correlation,
+        )
+
+    def _ranges(self, keep_range: Callable[[str], bool]) -> Ranges:
+        present = self._columns("NVTX_EVENTS")
+        if not {"start", "eventType", "globalTid"} <= present:
+            return Ranges.empty()
+        text = "e.text" if "text" in present else "NULL"
+        if "textId" in present:
+            text = f"COALESCE({text}, (SELECT value FROM StringIds WHERE id = e.textId))"
+        self.connection.create_function("keep_range", 1, lambda t: t is not None and keep_range(t), deterministic=True)
+        rows = self.connection.execute(
+            f"""SELECT e.start, {"e.end" if "end" in present else "NULL"}, e.globalTid, {text} FROM NVTX_EVENTS AS e
+            WHERE e.eventType IN ({",".join(map(str, _RANGE_EVENTS))}) AND e.start IS NOT NULL
+              AND e.globalTid IS NOT NULL AND keep_range({text})"""
+        ).fetchall()
+        open_ended = sum(end is None for _, end, _, _ in rows)
+        if open_ended:
+            self.notes.append(f"{self.path.name}: {open_ended} ranges were still open when the capture stopped")
+        last = self._capture_end() if open_ended else 0
+        start = np.array([r[0] for r in rows], np.int64)
+        end = np.array([max(last, r[0]) if r[1] is None else r[1] for r in rows], np.int64)
+        thread = np.array([r[2] for r in rows], np.int64)
+        index = np.array([self.names.setdefault(r[3], len(self.names)) for r in rows], np.int32)
+        good = end >= start
+        if not good.all():
+            self._note_invalid(int((~good).sum()), "NVTX_EVENTS")
+        return Ranges.build(
+            process=self._process(thread >> 24), thread=thread & 0xFFFFFF, start_ns=start, end_ns=end, name=index
+        ).take(good)
+
+    def _capture_end(self) -> int:
+        """The last time in the export: where a range that was never closed must end."""
+        tables = ("CUPTI_ACTIVITY_KIND_RUNTIME", "CUPTI_ACTIVITY_KIND_KERNEL", "NVTX_EVENTS")
+        ends = [
+            self.connection.execute(f'SELECT MAX("end"), MAX(start) FROM "{table}"').fetchone()
+            for table in tables
+            if {"start", "end"} <= self._columns(table)
+        ]
+        return max((value for pair in ends for value in pair if value is not None), default=0)
+
+    def _device_names(self, pid: int) -> dict[int, str]:
+        """CUDA ordinal of this process -> model of the GPU; TARGET_INFO_GPU.id is not the ordinal."""
+        gpu = self._columns("TARGET_INFO_GPU")
+        if not {"id", "name"} <= gpu:
+            return {}
+        if {"gpuId", "cudaId", "pid"} <= self._columns("TARGET_INFO_CUDA_DEVICE"):
+            rows = self.connection.execute(
+                "SELECT d.cudaId, g.name FROM TARGET_INFO_CUDA_DEVICE AS d JOIN TARGET_INFO_GPU AS g ON g.id = d.gpuId "
+                "WHERE d.pid = ?",
+                [pid],
+            ).fetchall()
+        elif "cuDevice" in gpu:
+            rows = self.connection.execute("SELECT cuDevice, name FROM TARGET_INFO_GPU").fetchall()
+        else:
+            return {}
+        return {int(ordinal): name for ordinal, name in rows if ordinal is not None and name}
+
+    def _diagnostics(self) -> None:
+        """Say that nsys lost events, without repeating its text, which holds paths and commands."""
+        if "text" not in self._columns("DIAGNOSTIC_EVENT"):
+            return
+        texts = [text for (text,) in self.connection.execute("SELECT text FROM DIAGNOSTIC_EVENT") if text]
+        lost = sum(bool(_LOSS.search(text)) for text in texts)
+        if lost:
+            self.notes.append(f"{self.path.name}: nsys reports lost or incomplete data in {lost} diagnostic messages")
+
+
+def _chunks(cursor: Iterator[tuple[int, ...]], width: int) -> Iterator[Array]:
+    """Rows of integers as arrays (n, width) of bounded size: the Python integers of one chunk live at a time."""
+    flat = itertools.chain.from_iterable(cursor)
+    while True:
+        values = np.fromiter(itertools.islice(flat, width * _CHUNK_ROWS), np.int64)
+        if len(values) == 0:
+            return
+        yield values.reshape(-1, width)

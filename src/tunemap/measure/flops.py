@@ -163,6 +163,27 @@ def uniform_ranks(shape: ModelShape, rank: int, targets: Iterable[str]) -> dict[
     return {layer.name: rank for layer in shape.linears if layer.name.rpartition(".")[2] in wanted}
 
 
+def trained_of(model: Any, shape: ModelShape) -> Trained:
+    """What a torch model trains, read from its parameters: names as PEFT, DDP or FSDP2 have lengthened them.
+
+    An adapter is a parameter `lora_A`, whose first axis is the rank. Embeddings trained beside frozen weights are not
+    told from frozen ones: pass `input_requires_grad` to `step_flops` then.
+    """
+    parameters = [(f".{name}", parameter) for name, parameter in model.named_parameters()]
+    if all(parameter.requires_grad for _, parameter in parameters):
+        return Trained(everything=True)
+    ranks, modules = {}, set()
+    for name, parameter in parameters:
+        layer = next((layer.name for layer in shape.linears if f".{layer.name}." in name), None)
+        if layer is None or not parameter.requires_grad:
+            continue
+        if ".lora_A." in name:
+            ranks[layer] = parameter.shape[0]
+        elif ".lora_" not in name and name.endswith(".weight"):
+            modules.add(layer)
+    return Trained(ranks=ranks, modules=frozenset(modules))
+
+
 @dataclass(frozen=True)
 class StepFlops:
     """FLOPs of one step (or micro-batch), each in its own column; they add up with `+`.

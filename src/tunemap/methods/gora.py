@@ -29,7 +29,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from tunemap.errors import UserError
-from tunemap.methods.parameters import is_quantised, linear_shapes, lora_closed_form
+from tunemap.methods.parameters import heads_to_save, is_quantised, linear_shapes, lora_closed_form
 
 Shape = tuple[int, int]  # (out_features, in_features)
 Batch = Mapping[str, Any]
@@ -192,7 +192,7 @@ def allocate_ranks(
     if preset == "paper":
         features = {name: math.sqrt(rows + columns) for name, (rows, columns) in shapes.items()}
         budget = sum(features.values()) * reference_rank
-        # Nine digits first: equal importances must round alike whatever the last bits of their quotient.
+        # Nine digits first, for the same reason: a half must round alike at every scale.
         raw = {name: round(round(budget * shares[name] / features[name], 9)) for name in shapes}
     else:
         sizes = {name: rows + columns for name, (rows, columns) in shapes.items()}
@@ -263,7 +263,8 @@ def _shares(importances: Mapping[str, float]) -> dict[str, float]:
         raise UserError(
             "gora: every importance is zero, so they allocate no ranks; does the loss depend on the targets?"
         )
-    return {name: value / total for name, value in importances.items()}
+    # Twelve digits: the last bits change with the scale of the loss and must not decide between equals.
+    return {name: float(f"{value / total:.12g}") for name, value in importances.items()}
 
 
 def _exact_budget_ranks(
@@ -356,6 +357,21 @@ class GoraPlan:
     def released(self) -> Self:
         """The same plan without the gradients (4 bytes per target weight), for the time after `apply`."""
         return replace(self, gradients=None)
+
+    @classmethod
+    def from_summary(cls, summary: Mapping[str, Any]) -> Self:
+        """The plan of a `summary`, gradients released: enough for a resumed run to rebuild its adapters' shapes."""
+        modules = summary["modules"]
+        return cls(
+            settings=GoraSettings(**summary["settings"]),
+            route=summary["route"],
+            shapes={name: (module["shape"][0], module["shape"][1]) for name, module in modules.items()},
+            importances={n: m["importance"] for n, m in modules.items() if m["importance"] is not None},
+            ranks={name: module["rank"] for name, module in modules.items()},
+            batch_count=summary["batch_count"],
+            estimation_s=summary["estimation_s"],
+            estimation_peak_bytes=summary["estimation_peak_bytes"],
+        )
 
     def summary(self) -> dict[str, Any]:
         """JSON-serialisable record: settings, ranks, importances, real against reference parameter count, cost."""
@@ -527,7 +543,7 @@ def _mean_gradients(
         seen.add(name)
 
     batch_count = 0
-    with _undisturbed(model), _own_random_stream(device, seed), ExitStack() as hooks:
+    with undisturbed(model), own_random_stream(device, seed), ExitStack() as hooks:
         model.requires_grad_(False)
         model.train()
         for handle in _hooks(model, names, route, add):
@@ -598,7 +614,7 @@ def _take_outer_product(
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put requires_grad, gradients and train/eval flags back as they were: embeddings and norms must stay frozen."""
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modules = [(module, module.training) for module in model.modules()]
@@ -615,7 +631,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_random_stream(device: torch.device, seed: int) -> Iterator[None]:
+def own_random_stream(device: torch.device, seed: int) -> Iterator[None]:
     """Seeded randomness inside, the caller's stream untouched: training draws the same numbers as without GoRA."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -702,6 +718,7 @@ def attach(
 ) -> Any:
     """The PEFT model of a plan, initialised; draws nothing from the caller's random stream, whatever the ranks.
 
+    `parameters` are LoRA's own; for SEQ_CLS the classification heads are trained in full unless they say otherwise.
     `autocast_adapter_dtype` keeps adapters in fp32 over a half-precision base. UserError for `weight_svd` over 4-bit
     weights, from which nothing can be moved.
     """
@@ -711,7 +728,9 @@ def attach(
             f"gora: initialisation weight_svd changes the base weights, but {quantised[0]} is quantised; "
             f"attach before quantising, or choose compress or zeros"
         )
-    with _own_random_stream(next(model.parameters()).device, made.settings.seed):
+    if task_type == "SEQ_CLS":
+        parameters = {"modules_to_save": heads_to_save(model), **parameters}
+    with own_random_stream(next(model.parameters()).device, made.settings.seed):
         config = lora_config(made, task_type=task_type, **parameters)
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
         apply(peft_model, made)

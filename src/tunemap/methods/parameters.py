@@ -102,6 +102,11 @@ def head_names(model: nn.Module) -> list[str]:
     ]
 
 
+def heads_to_save(model: nn.Module) -> list[str]:
+    """The heads that PEFT must be told to train in full: it adds `classifier` and `score` by itself, no others."""
+    return [name for name in head_names(model) if name not in ("classifier", "score")]
+
+
 def _backbone(model: nn.Module) -> nn.Module:
     """The transformer below the head: what `base_model_prefix` names, or the whole model where nothing is named."""
     unwrapped = getattr(model, "get_base_model", lambda: model)()
@@ -114,11 +119,12 @@ def _adapter_ids(model: nn.Module) -> set[int]:
     """Identities of the parameters that PEFT added: by the tuner's prefix, or below the prompt encoder."""
     if not hasattr(model, "peft_config"):
         return set()
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    # Adaption prompts are the one tuner that does not state its prefix.
+    prefix = getattr(model.base_model, "prefix", None) or "adaption_"
     return {
         id(parameter)
         for name, parameter in model.named_parameters()
-        if name.startswith("prompt_encoder.") or (prefix and prefix in name)
+        if name.startswith("prompt_encoder.") or f".{prefix}" in name
     }
 
 

@@ -1,0 +1,550 @@
+"""Any PEFT method by its name: `{peft: VERA, r: 64}` becomes a checked config and a wrapped model.
+
+Parameters are PEFT's own, checked by PEFT's own config class; what is not given gets a default that fits the model
+(all linear layers of the backbone, and sizes that its dimensions admit). Names are PEFT's types plus the variants of
+LoRA that PEFT reaches through `LoraConfig`. A type that PEFT has and that does not train here is in `UNSUPPORTED`, with
+the reason; a test holds the two tables against PEFT's registry.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from peft import EvaConfig, PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer, initialize_lora_eva_weights
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from peft.utils.integrations import dequantize_module_weight
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
+from torch import nn
+
+from tunemap.errors import UserError
+from tunemap.methods.gora import Batch, LossFunction, Shape, model_loss, own_random_stream, undisturbed
+from tunemap.methods.parameters import heads_to_save, is_quantised, linear_shapes
+
+# Starts that move a part of the base weights into the adapter.
+_MOVES_WEIGHTS = ("lora_ga", "corda", "pissa", "olora")
+
+# Set by PEFT or by the run itself, so not parameters of a method.
+_NOT_PARAMETERS = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What defaults may depend on: the parameters so far, the adapted linear shapes, the task, the training length."""
+
+    given: Mapping[str, Any]
+    shapes: Mapping[str, Shape]
+    task_type: str
+    total_steps: int | None
+
+    def divisor(self, limit: int) -> int:
+        """The largest number up to `limit` that divides every side of every adapted weight."""
+        common = math.gcd(*(side for shape in self.shapes.values() for side in shape))
+        return max(d for d in range(1, min(limit, common) + 1) if common % d == 0) if common else limit
+
+    def smallest(self, measure: Callable[[int, int], int], limit: int) -> int:
+        """The least of `measure(out, in)` over the adapted weights, at most `limit`."""
+        return max(1, min([limit, *(measure(rows, columns) for rows, columns in self.shapes.values())]))
+
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """How one PEFT type, or one variant of LoRA, is used here.
+
+    summary:     what is trained, in one line.
+    peft_type:   the type in PEFT's registry.
+    defaults:    parameters that differ from PEFT's own defaults.
+    fitted:      further defaults that depend on the model.
+    targets:     default target modules: every linear layer of the backbone, its norms, or PEFT's own choice.
+    required:    parameters without a sensible default.
+    model_types: architectures that PEFT implements it for; empty means any.
+    tasks:       task types that it trains on.
+    per_model_type: defaults for an architecture that PEFT's own tables lack.
+    """
+
+    summary: str
+    peft_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fitted: Callable[[Fit], dict[str, Any]] = lambda fit: {}
+    targets: str = "linear"
+    required: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("CAUSAL_LM", "SEQ_CLS")
+    per_model_type: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _schedule(fit: Fit) -> dict[str, Any]:
+    """AdaLoRA's budget: full rank for a tenth of training, final ranks for the last half, as in the paper's tasks."""
+    if "total_step" not in fit.given and fit.total_steps is None:
+        raise UserError("method ADALORA: the rank schedule needs total_step, the number of optimizer steps")
+    steps = fit.given.get("total_step", fit.total_steps)
+    return {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 2, "deltaT": max(1, steps // 100)}
+
+
+def _alpha_like_rank(fit: Fit) -> dict[str, Any]:
+    """Scaling 1 for starts that move a part of W into the adapter, so that its authors' learning rates hold."""
+    return {"lora_alpha": fit.given.get("r", 16)}
+
+
+_LORA = {"r": 16, "lora_alpha": 32}
+_PROMPT = {"num_virtual_tokens": 20}
+# Prefixes enter through the key-value cache, which encoders such as DistilBERT do not have.
+_CAUSAL = ("CAUSAL_LM",)
+
+SUPPORTED: dict[str, PeftMethod] = {
+    # LoRA and what PEFT reaches through LoraConfig
+    "LORA": PeftMethod("low-rank update of each linear layer", "LORA", _LORA),
+    "RSLORA": PeftMethod("LoRA with the scaling alpha / sqrt(r)", "LORA", _LORA | {"use_rslora": True}),
+    "DORA": PeftMethod("LoRA on the direction, and a magnitude per column", "LORA", _LORA | {"use_dora": True}),
+    "PISSA": PeftMethod(
+        "LoRA started at W's leading singular vectors, W keeps the rest",
+        "LORA",
+        {"r": 16, "init_lora_weights": "pissa"},
+        _alpha_like_rank,
+    ),
+    "OLORA": PeftMethod(
+        "LoRA started at W's QR factors, W keeps the rest",
+        "LORA",
+        {"r": 16, "init_lora_weights": "olora"},
+        _alpha_like_rank,
+    ),
+    "EVA": PeftMethod(
+        "LoRA started at the inputs' principal directions, ranks by explained variance; needs batches",
+        "LORA",
+        _LORA | {"init_lora_weights": "eva"},
+        # Labels mask tokens in language models only; a classifier's labels have another shape.
+        lambda fit: {"eva_config": EvaConfig(use_label_mask=fit.task_type == "CAUSAL_LM")},
+    ),
+    "LORA_GA": PeftMethod(
+        "LoRA started at the gradient's singular vectors, W keeps the rest; needs batches",
+        "LORA",
+        {"r": 8, "lora_alpha": 16, "use_rslora": True, "init_lora_weights": "lora_ga", "lora_ga_config": {}},
+    ),
+    "CORDA": PeftMethod(
+        "LoRA started at directions weighted by the inputs' covariance, W keeps the rest; needs batches",
+        "LORA",
+        {"r": 16, "init_lora_weights": "corda", "corda_config": {}},
+        _alpha_like_rank,
+    ),
+    "LOFTQ": PeftMethod(
+        "LoRA started at what 4-bit rounding lost, one iteration; needs a 4-bit model and the original weights",
+        "LORA",
+        {"r": 16, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 1}},
+        _alpha_like_rank,
+    ),
+    # low-rank relatives
+    "ADALORA": PeftMethod(
+        "low-rank update whose ranks shrink where they matter least; needs `after_optimizer_step`",
+        "ADALORA",
+        {"lora_alpha": 32, "init_r": 12, "target_r": 8},
+        _schedule,
+    ),
+    "DELORA": PeftMethod("low-rank update of bounded norm", "DELORA"),
+    "DEFT": PeftMethod("low-rank replacement of a projected part of W", "DEFT"),
+    "GLORA": PeftMethod("low-rank scale and shift of W, of the input and of the bias", "GLORA"),
+    "GRALORA": PeftMethod("block-wise low-rank update", "GRALORA", {}, lambda fit: {"r": fit.divisor(32)}),
+    "HIRA": PeftMethod("W times a low-rank matrix, element by element", "HIRA"),
+    "LILY": PeftMethod("low-rank updates that share their B between layers", "LILY"),
+    "LOHA": PeftMethod("product of two low-rank matrices, element by element", "LOHA"),
+    "LOKR": PeftMethod("Kronecker product of small matrices", "LOKR"),
+    "MISS": PeftMethod(
+        "one small matrix shared by the shards of W",
+        "MISS",
+        {},
+        lambda fit: {"r": fit.smallest(lambda rows, columns: columns, 64)},
+    ),
+    "PEANUT": PeftMethod("low-rank update through a small network of W", "PEANUT"),
+    "PSOFT": PeftMethod(
+        "rotation inside W's leading subspace",
+        "PSOFT",
+        {},
+        lambda fit: {"r": fit.smallest(min, 32)},
+    ),
+    "OSF": PeftMethod("W's small singular directions, the large ones protected", "OSF"),
+    # shared or random bases
+    "VERA": PeftMethod("scales of one frozen random low-rank pair", "VERA"),
+    "PVERA": PeftMethod("VeRA with sampled scales", "PVERA"),
+    "RANDLORA": PeftMethod("scales of several frozen random pairs, full rank", "RANDLORA"),
+    "TINYLORA": PeftMethod("a few numbers per layer over W's singular vectors", "TINYLORA"),
+    "UNILORA": PeftMethod("one short vector, projected onto every layer", "UNILORA"),
+    "VBLORA": PeftMethod(
+        "low-rank factors mixed from one bank of vectors",
+        "VBLORA",
+        {},
+        lambda fit: {"vector_length": fit.divisor(256)},
+    ),
+    "FROD": PeftMethod("sparse update in a basis shared by the layers of one kind", "FROD", {"progressbar": False}),
+    # rotations
+    "OFT": PeftMethod(
+        "block-diagonal rotation of the input", "OFT", {}, lambda fit: {"oft_block_size": fit.divisor(32)}
+    ),
+    "BOFT": PeftMethod(
+        "rotation as a product of butterfly factors", "BOFT", {}, lambda fit: {"boft_block_size": fit.divisor(4)}
+    ),
+    "HRA": PeftMethod("rotation as a product of reflections", "HRA"),
+    "ROAD": PeftMethod("rotation of pairs of outputs", "ROAD", {}, lambda fit: {"group_size": fit.divisor(64)}),
+    # transforms and sparse updates
+    "C3A": PeftMethod("block-circulant update", "C3A", {}, lambda fit: {"block_size": fit.divisor(256)}),
+    "FOURIERFT": PeftMethod(
+        "a few Fourier coefficients of the update",
+        "FOURIERFT",
+        {},
+        lambda fit: {"n_frequency": fit.smallest(lambda rows, columns: rows * columns, 1000)},
+    ),
+    "WAVEFT": PeftMethod(
+        "a few wavelet coefficients of the update",
+        "WAVEFT",
+        {},
+        lambda fit: {"n_frequency": fit.smallest(lambda rows, columns: rows * columns, 2592)},
+    ),
+    "SHIRA": PeftMethod(
+        "a random sparse part of W, as many entries as LoRA of rank r has",
+        "SHIRA",
+        {"random_seed": 0},
+        lambda fit: {"r": fit.smallest(lambda rows, columns: rows * columns // (rows + columns), 32)},
+    ),
+    "SUPERTUNING": PeftMethod("the largest one percent of W", "SUPERTUNING"),
+    # scales, biases, norms
+    "IA3": PeftMethod(
+        "scales of keys, values and feed-forward inputs",
+        "IA3",
+        targets="peft",
+        per_model_type={"distilbert": {"target_modules": ["k_lin", "v_lin", "lin2"], "feedforward_modules": ["lin2"]}},
+    ),
+    "BEFT": PeftMethod(
+        "biases of the value projections",
+        "BEFT",
+        targets="peft",
+        per_model_type={"distilbert": {"target_modules": ["v_lin"]}},
+    ),
+    "LN_TUNING": PeftMethod("the norms", "LN_TUNING", targets="norms"),
+    # inputs
+    "PROMPT_TUNING": PeftMethod("virtual tokens before the input", "PROMPT_TUNING", _PROMPT, targets="none"),
+    "P_TUNING": PeftMethod("virtual tokens made by a small network", "P_TUNING", _PROMPT, targets="none"),
+    "PREFIX_TUNING": PeftMethod(
+        "keys and values before the input, in every layer", "PREFIX_TUNING", _PROMPT, targets="none", tasks=_CAUSAL
+    ),
+    "CARTRIDGE": PeftMethod(
+        "a trained key-value cache, its first token frozen", "CARTRIDGE", _PROMPT, targets="none", tasks=_CAUSAL
+    ),
+    "ADAPTION_PROMPT": PeftMethod(
+        "gated prompts in the attention of the top layers",
+        "ADAPTION_PROMPT",
+        {"adapter_len": 10, "adapter_layers": 2},
+        targets="none",
+        model_types=("llama", "mistral", "gpt2"),
+        tasks=_CAUSAL,
+    ),
+    "TRAINABLE_TOKENS": PeftMethod(
+        "the embeddings of chosen tokens",
+        "TRAINABLE_TOKENS",
+        targets="none",
+        required=("token_indices",),
+        tasks=_CAUSAL,
+    ),
+    "SHADOW": PeftMethod(
+        "a small model beside the frozen one that corrects its blocks", "SHADOW", targets="none", tasks=_CAUSAL
+    ),
+}
+
+UNSUPPORTED: dict[str, str] = {
+    "ADAMSS": "needs scikit-learn, which is not among the dependencies",
+    "CPT": "its loss needs a token-type mask with every example, which ordinary batches do not carry",
+    "MULTITASK_PROMPT_TUNING": "needs a task id with every example; studies here have one task: use PROMPT_TUNING",
+    "POLY": "needs a task id with every example; studies here have one task: use LORA",
+    "XLORA": "mixes LoRA adapters that were trained before; it does not train from a base model",
+}
+
+
+def build_config(
+    peft_type: str,
+    parameters: Mapping[str, Any],
+    *,
+    model: nn.Module,
+    task_type: str,
+    total_steps: int | None = None,
+) -> PeftConfig:
+    """The checked PEFT config of a method by name, with defaults for `model`, which is only looked at.
+
+    `task_type` is PEFT's (CAUSAL_LM, SEQ_CLS); `total_steps` is the number of optimizer steps, for methods with a
+    schedule. UserError names what is wrong, the nearest right name and the allowed ones.
+    """
+    name, entry = _entry(peft_type)
+    model_config: Any = getattr(model, "config", None)
+    model_type = getattr(model_config, "model_type", "")
+    if entry.model_types and model_type not in entry.model_types:
+        raise UserError(
+            f"method {name}: PEFT implements it for {', '.join(entry.model_types)}; this model is {model_type}"
+        )
+    if task_type not in entry.tasks:
+        raise UserError(f"method {name}: does not train on {task_type}; allowed: {', '.join(entry.tasks)}")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(entry.peft_type)]
+    given = _checked_parameters(name, config_class, parameters)
+    missing = [key for key in entry.required if not given.get(key)]
+    if missing:
+        raise UserError(f"method {name}: {', '.join(missing)} is needed and has no sensible default")
+    shapes = linear_shapes(model)
+    if given.get("target_modules") == "all-linear":
+        # PEFT's own shorthand adapts part of some classification heads, which are trained in full.
+        given["target_modules"] = _endings(shapes, model)
+    base = {**entry.defaults, **_default_targets(entry, model, shapes), **entry.per_model_type.get(model_type, {})}
+    base = {**base, **_heads(config_class, model, task_type), **_prompt_dimensions(config_class, model_config), **given}
+    matched = _matched(shapes, base.get("target_modules"))
+    values = {**base, **entry.fitted(Fit(base, matched, task_type, total_steps)), **given}
+    try:
+        return config_class(task_type=task_type, **_checked_parameters(name, config_class, values))
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"method {name}: {error}") from error
+
+
+def apply_peft(
+    model: nn.Module,
+    config: PeftConfig,
+    *,
+    batches: Iterable[Batch] | None = None,
+    original_weight: Callable[[str], torch.Tensor] | None = None,
+    loss_function: LossFunction = model_loss,
+    autocast_adapter_dtype: bool = True,
+    seed: int = 0,
+) -> Any:
+    """Wrap `model` by PEFT, data-driven starts included; draws nothing from the caller's random stream.
+
+    `batches` (keyword arguments of the loss function, on the model's device) are needed by EVA, LoRA-GA and CorDA, and
+    must be the same on every process: these starts change weights. `original_weight` gives LoftQ the unquantised
+    weight (out x in) of a module by its name. `autocast_adapter_dtype` keeps the adapters of a half-precision base in
+    fp32. UserError where PEFT refuses the model.
+    """
+    start = getattr(config, "init_lora_weights", True)
+    examples = list(batches or [])
+    if start in ("eva", "lora_ga", "corda") and not examples:
+        raise UserError(f"init_lora_weights {start}: the start is computed from data; give it batches")
+    if start in _MOVES_WEIGHTS and any(is_quantised(p) for p in model.parameters()):
+        raise UserError(f"init_lora_weights {start}: moves a part of the base weights, which are quantised")
+    if start == "loftq":
+        if original_weight is None or not any(is_quantised(p) for p in model.parameters()):
+            raise UserError("init_lora_weights loftq: needs a 4-bit model and the original weights beside it")
+        # PEFT's own start runs on CUDA only and leaves the base rounded but unquantised; and a plain config lets the
+        # adapter load over the same 4-bit base.
+        config = dataclasses.replace(config, init_lora_weights=True, loftq_config={})
+    with own_random_stream(next(model.parameters()).device, seed):
+        try:
+            with undisturbed(model):
+                if start == "lora_ga":
+                    preprocess_loraga(model, config, lambda: _backward(model, examples, loss_function))
+                elif start == "corda":
+                    preprocess_corda(model, config, run_model=lambda: _forward_each_sequence(model, examples))
+            peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            if start == "eva":
+                initialize_lora_eva_weights(peft_model, examples, show_progress_bar=False)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UserError(f"method {kind}: PEFT refuses this model or these parameters: {error}") from error
+    if start == "loftq" and original_weight is not None:
+        _start_at_the_rounding_error(peft_model, original_weight)
+    if start in _MOVES_WEIGHTS:
+        peft_model.moved_start = _cloned(get_peft_model_state_dict(peft_model))
+    return peft_model
+
+
+def save_adapter(peft_model: Any, folder: Path) -> None:
+    """Save an adapter so that it loads over the original base model, wherever that is.
+
+    PEFT saves what LoRA-GA and CorDA trained without what their start took from the base weights; loading it then
+    gives another model (LoRA-GA, silently) or fails (CorDA). Since s (B A - B0 A0) = s [B, -B0] [A; A0], such an
+    adapter is saved as plain LoRA of twice the rank.
+    """
+    start = getattr(peft_model, "moved_start", None)
+    if start is None:
+        peft_model.save_pretrained(str(folder))
+        return
+    state = _cloned(get_peft_model_state_dict(peft_model))
+    for name, value in state.items():
+        if "lora_A" in name:
+            state[name] = torch.cat([value, start[name]], dim=0)
+        elif "lora_B" in name:
+            state[name] = torch.cat([value, -start[name]], dim=1)
+    config = peft_model.peft_config["default"]
+    alpha_factor = math.sqrt(2) if config.use_rslora else 2  # keeps alpha / r, or alpha / sqrt(r)
+    doubled = dataclasses.replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=alpha_factor * config.lora_alpha,
+        rank_pattern={key: 2 * rank for key, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={key: alpha_factor * alpha for key, alpha in (config.alpha_pattern or {}).items()},
+        init_lora_weights=True,
+        corda_config=None,
+        lora_ga_config=None,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors")
+    doubled.save_pretrained(str(folder))
+
+
+def after_optimizer_step(peft_model: Any, step: int) -> None:
+    """What some methods do between `optimizer.step()` and `zero_grad()` at optimizer step `step` (from 0).
+
+    AdaLoRA reads the gradients to reallocate its ranks; for every other method nothing happens.
+    """
+    allocate = getattr(getattr(peft_model, "base_model", None), "update_and_allocate", None)
+    if allocate is not None:
+        allocate(step)
+
+
+def loraplus_optimizer(
+    peft_model: nn.Module,
+    optimizer_class: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    ratio: float,
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """PEFT's LoRA+ optimizer: B learns `ratio` times as fast as A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
+
+    PEFT's helper reads the weight decay under a name of its own and would silently ignore the usual one.
+    """
+    if not any("lora_B" in name for name, parameter in peft_model.named_parameters() if parameter.requires_grad):
+        raise UserError("lora+: the model has no trainable lora_B; LoRA+ needs a method of the LoRA family")
+    return create_loraplus_optimizer(
+        peft_model,
+        optimizer_class,
+        lr=lr,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=weight_decay,
+        **options,
+    )
+
+
+def _entry(peft_type: str) -> tuple[str, PeftMethod]:
+    name = str(getattr(peft_type, "value", peft_type)).upper().replace("-", "_")
+    if name in UNSUPPORTED:
+        raise UserError(f"method {name}: not supported: {UNSUPPORTED[name]}")
+    if name not in SUPPORTED:
+        raise UserError(f"no PEFT method {peft_type!r}{_nearest(name, SUPPORTED)}; allowed: {', '.join(SUPPORTED)}")
+    return name, SUPPORTED[name]
+
+
+def _nearest(word: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _checked_parameters(name: str, config_class: type[PeftConfig], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Each parameter under PEFT's own name and of PEFT's own type (nested configs may be given as mappings)."""
+    allowed = [f.name for f in dataclasses.fields(config_class) if f.init and f.name not in _NOT_PARAMETERS]
+    hints = get_type_hints(config_class)
+    checked = {}
+    for key, value in parameters.items():
+        if key not in allowed:
+            raise UserError(
+                f"method {name}: no parameter {key!r}{_nearest(key, allowed)}; allowed: {', '.join(sorted(allowed))}"
+            )
+        try:
+            # None is PEFT's "not given", also for fields whose declared type forgets to say so; and the declared
+            # type of init_lora_weights lacks some of the starts that PEFT knows.
+            free = value is None or key == "init_lora_weights"
+            checked[key] = value if free else TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise UserError(f"method {name}: {key} is {value!r}: {problem['msg']}") from error
+    return checked
+
+
+def _default_targets(entry: PeftMethod, model: nn.Module, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    if entry.targets == "linear":
+        return {"target_modules": _endings(shapes, model)}
+    if entry.targets == "norms":
+        names = [name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+        return {"target_modules": _endings(names, model)}
+    return {}
+
+
+def _endings(names: Iterable[str], model: nn.Module) -> list[str]:
+    """The names' last parts where these mean exactly these modules, else the full names."""
+    wanted = set(names)
+    endings = {name.rsplit(".", 1)[-1] for name in wanted}
+    meant = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
+    return sorted(endings if meant == wanted else wanted)
+
+
+def _matched(shapes: Mapping[str, Shape], targets: Any) -> dict[str, Shape]:
+    """The linear layers among the targets, matched as PEFT does: a string is a pattern, a list holds endings."""
+    if targets is None:
+        return {}
+    if isinstance(targets, str):
+        return {name: shape for name, shape in shapes.items() if re.fullmatch(targets, name)}
+    return {n: s for n, s in shapes.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+
+
+def _heads(config_class: type[PeftConfig], model: nn.Module, task_type: str) -> dict[str, Any]:
+    """A new classifier must train; PEFT adds `classifier` and `score` itself, but not DistilBERT's first layer."""
+    if task_type != "SEQ_CLS" or "modules_to_save" not in {f.name for f in dataclasses.fields(config_class)}:
+        return {}
+    return {"modules_to_save": heads_to_save(model)}
+
+
+def _prompt_dimensions(config_class: type[PeftConfig], model_config: Any) -> dict[str, Any]:
+    """Sizes that PEFT reads from the model's config under names that not every architecture uses."""
+    if "token_dim" not in {f.name for f in dataclasses.fields(config_class)} or model_config is None:
+        return {}
+    if hasattr(model_config, "num_key_value_heads"):  # grouped heads: PEFT derives the dimensions itself
+        return {}
+    return {
+        "token_dim": model_config.hidden_size,
+        "num_layers": model_config.num_hidden_layers,
+        "num_attention_heads": model_config.num_attention_heads,
+    }
+
+
+def _cloned(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone().contiguous() for name, value in state.items()}
+
+
+def _backward(model: nn.Module, batches: list[Batch], loss_function: LossFunction) -> None:
+    for batch in batches:
+        loss_function(model, batch).backward()
+
+
+def _forward_each_sequence(model: nn.Module, batches: list[Batch]) -> None:
+    """CorDA's hooks read one unpadded sequence at a time, without labels."""
+    for batch in batches:
+        tokens = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+        for row, kept in zip(tokens, mask, strict=True):
+            model(input_ids=row[kept][None])
+
+
+@torch.no_grad()
+def _start_at_the_rounding_error(peft_model: Any, original_weight: Callable[[str], torch.Tensor]) -> None:
+    """LoftQ, one iteration: s B A is the best rank-r approximation of W - Q (Li et al. 2023, arXiv 2310.08659, alg. 1).
+
+    Unlike PEFT's own, the factors allow for the adapter's scaling s.
+    """
+    for name, layer in peft_model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            rounded = dequantize_module_weight(layer.get_base_layer()).float()
+            lost = original_weight(name).to(rounded.device, torch.float32) - rounded
+            left, values, right = torch.linalg.svd(lost, full_matrices=False)
+            rank, scaling = layer.r["default"], layer.scaling["default"]
+            root = (values[:rank] / scaling).sqrt()
+            layer.lora_A["default"].weight.copy_(root[:, None] * right[:rank])
+            layer.lora_B["default"].weight.copy_(left[:, :rank] * root)

@@ -32,8 +32,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def normalised(text: str) -> str:
-    """Lower case with single spaces: what two prompts are compared by."""
-    return " ".join(text.lower().split())
+    """What two prompts are compared by: lower case, single spaces, no punctuation at the end."""
+    return " ".join(text.lower().split()).rstrip(" .,;:!?")
 
 
 def _row(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class RawData:
 def prepare(dataset: DatasetConfig, destination: Path, *, data_root: Path | None) -> None:
     """Write train.jsonl, test.jsonl and dataset.json to `destination`.
 
-    Training rows whose prompt equals a row of the whole test split (case and spaces aside) are left out, counted and
-    named in dataset.json. Rows are chosen by `seed`; a larger choice contains a smaller one.
+    Training rows whose prompt equals a row of the whole test split (case, spaces and final punctuation aside) are left
+    out, counted and named in dataset.json. Rows are chosen by `seed`; a larger choice contains a smaller one.
     """
     raw = read_source(dataset, data_root)
     prompt_field, _ = columns(dataset)

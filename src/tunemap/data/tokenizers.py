@@ -44,10 +44,23 @@ def resolve_tokenizer(folder: Path, destination: Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder that `AutoTokenizer` understands, without asking the network."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a folder that `AutoTokenizer` understands, without asking the network.
+
+    The class that tokenizer_config.json names is taken directly where transformers has it: `AutoTokenizer` would find
+    the same one, but importing it imports torch, which costs seconds and which counting tokens does not need.
+    """
+    import transformers
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer could be loaded from it ({error})") from None
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        named = getattr(transformers, str(settings.get("tokenizer_class")), None)
+    except FileNotFoundError:
+        named = None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: not valid JSON ({error})") from None
+    if named is None and (folder / "tokenizer.json").is_file():
+        named = transformers.PreTrainedTokenizerFast
+    try:
+        return (named or transformers.AutoTokenizer).from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the libraries below raise a dozen kinds, plain Exception among them
+        raise UserError(f"{folder}: no tokenizer could be loaded from it ({type(error).__name__}: {error})") from None

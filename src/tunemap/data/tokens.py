@@ -188,8 +188,8 @@ def encode_texts(
     if prompt_template is not None or system_prompt is not None:
         raise UserError("prompt_template and system_prompt are for generation; a text to classify is taken as it is")
     texts = [row["prompt"] for row in rows]
-    whole = tokenizer(texts)["input_ids"]
-    cut = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    whole = _ids(tokenizer, texts)
+    cut = _ids(tokenizer, texts, truncation=True, max_length=max_length)
     return _examples(cut, whole, [[] for _ in rows], [row["label"] for row in rows])
 
 
@@ -200,7 +200,13 @@ def _prompt_ids(
         [row["prompt"] for row in rows], tokenizer, prompt_template=prompt_template, system_prompt=system_prompt
     )
     start = [] if tokenizer.chat_template and prompt_template is None else _start_ids(tokenizer)
-    return [start + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return [start + ids for ids in _ids(tokenizer, texts, add_special_tokens=False)]
+
+
+def _ids(tokenizer: Any, texts: list[str], **options: Any) -> list[list[int]]:
+    """One batch through the tokenizer, which refuses an empty one."""
+    ids: list[list[int]] = tokenizer(texts, **options)["input_ids"] if texts else []
+    return ids
 
 
 def _start_ids(tokenizer: Any) -> list[int]:
@@ -212,7 +218,7 @@ def _start_ids(tokenizer: Any) -> list[int]:
 def _answer_ids(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token, so answers could never end")
-    answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
+    answers = _ids(tokenizer, [row["answer"] for row in rows], add_special_tokens=False)
     return [[*ids, tokenizer.eos_token_id] for ids in answers]
 
 

@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tunemap.errors import UserError
 from tunemap.models.folder import CONFIG, weight_files
 from tunemap.models.loading import explained, load_tokenizer, quiet, read_config
+
+PROBE = "Once, in 1984, a café sold 12 + 30 = 42 apples.\n#### 42"
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -22,6 +31,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
+    _check_tokenizer(folder, tokenizer)
     check_vocabulary(len(tokenizer), config.vocab_size, folder / CONFIG, folder)
     with quiet(), explained(folder), torch.device("meta"):
         model = model_class(config, folder / CONFIG)(config)
@@ -42,6 +52,24 @@ def check_vocabulary(entries: int, rows: int, config: Path, tokenizer: Path) -> 
         raise UserError(
             f"tokenizer {tokenizer} has {entries} entries, but {config} has vocab_size {rows}; "
             f"choose the model's own tokenizer, or a vocab_size of at least {entries}"
+        )
+
+
+def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that transformers does not read as its file says.
+
+    For some model types, qwen2 among them, transformers 5 puts the tokenizer of the model type in place of the one
+    that the folder declares, without a word.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    if tokenizer.encode(PROBE, add_special_tokens=False) != (
+        Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
+    ):
+        raise UserError(
+            f"{file}: transformers {transformers.__version__} reads it as a {type(tokenizer).__name__}, with other "
+            "tokens than it defines; use the tokenizer of the model's own family"
         )
 
 

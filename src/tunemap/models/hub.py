@@ -20,6 +20,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from tunemap.config import HubModel
 from tunemap.errors import UserError
 from tunemap.models import local
+from tunemap.models.loading import brief
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # config, weights and tokenizer
 SUBFOLDERS = ["*/*"]  # hold the same weights for other programs
@@ -52,12 +53,14 @@ def _snapshot(model: HubModel, show_progress: bool) -> Path:
         raise UserError(f"{model.id}: no revision {model.revision} on the hub; check `revision`") from error
     except HFValidationError as error:
         raise UserError(f"{model.id}: not a model id of the form owner/name ({error})") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(
             f"{model.id} (revision {model.revision}) is not in the cache and the hub cannot be reached. On a machine "
             f"with network run `hf download {model.id} --revision {model.revision}` with the same HF_HOME, or copy "
             "the model here and use `source: local` with its path"
         ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"{model.id} (revision {model.revision}): the download failed: {brief(error)}") from error
     finally:
         if not hidden and not show_progress:
             enable_progress_bars()

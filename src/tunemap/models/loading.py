@@ -8,10 +8,12 @@ checkpointing on without being asked.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.functional import pad
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -95,8 +98,10 @@ def load_model(
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention}
     if quantization:
         outside = _linears_outside_blocks(empty_model(config, task_kind=task_kind, num_labels=num_labels))
-        settings |= {"quantization_config": _bitsandbytes(quantization, outside), "device_map": {"": device}}
+        settings |= {"quantization_config": _bitsandbytes(quantization, outside), "device_map": {"": str(device)}}
     with quiet(), explained(folder):
+        if quantization:
+            _repaired_cpu_kernel()
         model, report = _AUTO[task_kind].from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
@@ -267,6 +272,41 @@ def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
 
 
 # --- 4 bits -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _repaired_cpu_kernel() -> torch.library.Library:
+    """Make bitsandbytes unpack 4-bit weights rightly on CPUs with AVX512 when rows are no whole number of blocks.
+
+    Weights are packed in blocks of 64 over the flattened matrix, but the CPU kernel of 0.50.2 looks scales up row by
+    row: a matrix with 32 or 172 columns comes back with the scales of other blocks, without any error. The same
+    kernel is right for a matrix whose rows are the blocks, so that is what it is given. The registration lasts as
+    long as the returned object.
+    """
+    import bitsandbytes  # noqa: F401 (registers the kernel)
+
+    original = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
+
+    def dequantize(
+        keys: torch.DispatchKeySet,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        block: int,
+        quantization_type: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if shape[-1] % block == 0:
+            return original.call_boxed(keys, packed, scales, block, quantization_type, shape, dtype)
+        elements, blocks = math.prod(shape), scales.numel()
+        data = packed.reshape(-1).view(torch.uint8)
+        data = pad(data, (0, blocks * block // 2 - data.numel()))
+        rows = original.call_boxed(keys, data, scales, block, quantization_type, [blocks, block], dtype)
+        return rows.reshape(-1)[:elements].reshape(shape)
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    library.impl("dequantize_4bit", dequantize, "CPU", with_keyset=True, allow_override=True)
+    return library
 
 
 def _bitsandbytes(quantization: Quantization, outside: list[str]) -> BitsAndBytesConfig:

@@ -231,7 +231,7 @@ class _Reader:
                 name = event["name"]
                 self.pids[self._pid(event)] += 1
                 self.operators.extend((*span, self._thread(event), self._name(name)))
-                if self._keeps(name):  # 2021: annotations were operators
+                if category == "operator" and self._keeps(name):  # 2021: annotations were operators
                     self.ranges.extend((*span, self._thread(event), self._name(name)))
         elif category in _CALL:
             if (span := self._span(event)) is not None:

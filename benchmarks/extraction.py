@@ -1,0 +1,111 @@
+"""How long all facts of a trace take, and how much memory, as the trace grows.
+
+    python benchmarks/extraction.py                # 0.5, 1 and 5 million kernels
+    python benchmarks/extraction.py --full         # 20 million as well (2 GB of disk, several minutes to generate)
+    python benchmarks/extraction.py --trace FILE   # any trace of your own
+
+Each line is one fresh process that reads the file and computes every fact: wall time, processor time and the peak of
+its resident memory, imports included. The generated file has 4 processes that all call their GPU device 0, 2 API calls
+for 5 kernels, copies on 9 % of the segments, phases, and a backward pass launched from another thread. The result is
+compared with the generator's truth, exactly.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GENERATOR = REPOSITORY / "tests" / "unit" / "trace"
+MILLION = 1_000_000
+TARGET_KERNELS, TARGET_S, TARGET_MB = 5 * MILLION, 10, 1000
+
+_CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+begin = time.perf_counter()
+from tunemap.trace.command import read_traces
+from tunemap.trace.facts import compute_facts
+trace = read_traces([Path(p) for p in sys.argv[1:]])
+read = time.perf_counter()
+facts = compute_facts(trace)
+end = time.perf_counter()
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({
+    "kernels": len(trace.kernels), "calls": len(trace.calls), "copies": len(trace.copies),
+    "read_s": read - begin, "facts_s": end - read, "total_s": end - begin,
+    "processor_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024,
+    "devices": facts.summary["devices"],
+}))
+"""
+
+
+def measure(paths: list[Path]) -> dict:
+    """One fresh process over these files."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(REPOSITORY / "src"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(done.stdout)
+
+
+def line(result: dict, file_mb: float) -> str:
+    return (
+        f"{result['kernels']:>12,} {result['calls']:>11,} {result['copies']:>9,} {file_mb:>8,.0f} {result['read_s']:>7.2f} "
+        f"{result['facts_s']:>8.2f} {result['total_s']:>8.2f} {result['processor_s']:>10.2f} {result['peak_mb']:>8.0f}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", type=float, nargs="+", default=[0.5, 1, 5], metavar="MILLION")
+    parser.add_argument("--full", action="store_true", help="20 million kernels as well")
+    parser.add_argument("--trace", type=Path, nargs="+", help="measure these files instead of generated ones")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each size; the fastest counts")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    print(
+        f"{'kernels':>12} {'API calls':>11} {'copies':>9} {'file MB':>8} {'read s':>7} {'facts s':>8} {'total s':>8} "
+        f"{'CPU s':>10} {'peak MB':>8}"
+    )
+    if args.trace:
+        print(line(measure(args.trace), sum(p.stat().st_size for p in args.trace) / 1e6))
+        return 0
+    sys.path.insert(0, str(GENERATOR))
+    import trace_generator
+
+    results, missed = [], False
+    for size in [*args.kernels, *([20] if args.full else [])]:
+        kernels = round(size * MILLION)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.sqlite"
+            begin = time.perf_counter()
+            ranks = trace_generator.generate(kernels, kernels * 2 // 5, steps=100, collide=True)
+            trace_generator.write_nsys(path, ranks)
+            truth = [rank.truth for rank in ranks]
+            del ranks
+            generated = time.perf_counter() - begin
+            best = min((measure([path]) for _ in range(args.repeat)), key=lambda r: r["total_s"])
+            file_mb = path.stat().st_size / 1e6
+        print(line(best, file_mb), f"  (generated in {generated:.0f} s)", flush=True)
+        for device, expected in zip(best.pop("devices"), truth, strict=True):
+            for name, value in expected.items():
+                found = device.get(name, device["launch"].get(name))
+                assert found == value, f"{name} of pid {device['pid']}: {found} instead of {value}"
+        results.append(best | {"file_mb": file_mb})
+        missed |= kernels == TARGET_KERNELS and (best["total_s"] > TARGET_S or best["peak_mb"] > TARGET_MB)
+    print(f"every figure equals the generator's truth; target at 5 million: {TARGET_S} s and {TARGET_MB} MB", end=" ")
+    print("(missed)" if missed else "(met)")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,6 +27,7 @@ def add_data_stats_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", required=True, type=_positive, help="longest sequence in tokens")
     parser.add_argument("--template", help="file or text with {prompt}; without it the tokenizer's chat template")
     parser.add_argument("--system-prompt", help="system message of the chat template")
+    parser.add_argument("--subset", help="configuration of a folder in the hub's layout, such as main")
     parser.add_argument("--prompt-field", help="column of the prompt or text")
     parser.add_argument("--answer-field", help="column of the answer or label")
     parser.add_argument("--batching", choices=get_args(Batching), default="longest", help="default: %(default)s")
@@ -54,7 +55,12 @@ def data_statistics(args: argparse.Namespace) -> dict[str, Any]:
 
     path: Path = args.path
     dataset = DatasetConfig(
-        task=args.task, source="local", path=str(path), prompt_field=args.prompt_field, answer_field=args.answer_field
+        task=args.task,
+        source="local",
+        path=str(path),
+        subset=args.subset,
+        prompt_field=args.prompt_field,
+        answer_field=args.answer_field,
     )
     if path.is_dir():
         raw = read_source(dataset, None)
@@ -106,10 +112,12 @@ def _print_table(statistics: dict[str, Any]) -> None:
     from rich.table import Table
 
     numbers = Table("statistic", "value", title="training rows")
-    lengths = Table("tokens", "min", "p25", "median", "mean", "p75", "p95", "p99", "max")
+    lengths = Table("length", "min", "p25", "median", "mean", "p75", "p95", "p99", "max")
     for name, value in statistics.items():
         if isinstance(value, dict) and "median" in value:
-            lengths.add_row(name, *(f"{value[column.header]:.1f}" for column in lengths.columns[1:]))
+            lengths.add_row(
+                name.removesuffix("_tokens"), *(f"{value[column.header]:.1f}" for column in lengths.columns[1:])
+            )
         elif isinstance(value, int | str) or value is None:
             numbers.add_row(name, "-" if value is None else str(value))
         elif isinstance(value, float):
@@ -117,4 +125,5 @@ def _print_table(statistics: dict[str, Any]) -> None:
     console = Console()
     console.print(lengths, numbers)
     for gate in statistics["gates"]:
-        console.print(f"{'passed' if gate['passed'] else 'FAILED'}  {gate['gate']}: {gate['message']}", highlight=False)
+        verdict = "passed" if gate["passed"] else "FAILED"
+        console.print(f"{verdict}  {gate['gate']}: {gate['message']}", highlight=False, soft_wrap=True)

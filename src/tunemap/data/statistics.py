@@ -112,12 +112,12 @@ def _padding_waste(train: Examples, max_length: int, batching: Batching, batch: 
 def _test_statistics(test: Examples | None) -> dict[str, Any]:
     if test is None:
         return {}
-    references = test.answer_tokens
+    references = test.answer_tokens if len(test) and test.class_labels[0] < 0 else test.answer_tokens[:0]
     return {
         "test": {
             "rows": len(test),
             "prompt_tokens": length_summary(test.prompt_tokens),
             "answer_tokens": length_summary(np.maximum(references - 1, 0)),
         },
-        "longest_reference_tokens": int(references.max()) if len(test) else 0,
+        "longest_reference_tokens": int(references.max()) if len(references) else None,
     }

@@ -189,7 +189,11 @@ def encode_texts(
         raise UserError("prompt_template and system_prompt are for generation; a text to classify is taken as it is")
     texts = [row["prompt"] for row in rows]
     whole = _ids(tokenizer, texts)
-    cut = _ids(tokenizer, texts, truncation=True, max_length=max_length)
+    too_long = [index for index, ids in enumerate(whole) if len(ids) > max_length]
+    cut = list(whole)
+    shortened = _ids(tokenizer, [texts[index] for index in too_long], truncation=True, max_length=max_length)
+    for index, ids in zip(too_long, shortened, strict=True):
+        cut[index] = ids
     return _examples(cut, whole, [[] for _ in rows], [row["label"] for row in rows])
 
 

@@ -75,6 +75,7 @@ def test_classification_keeps_special_tokens_when_it_cuts(tmp_path: Path, sentim
     assert tokens.statistics["examples_without_label_tokens"] == 0
     assert tokens.statistics["label_tokens_kept_share"] == 1
     assert tokens.statistics["padding_waste_share_by_batching"]["packed"] is None
+    assert tokens.statistics["longest_reference_tokens"] is None
     assert tokens.test_rows[0]["reference"] in tokens.label_names
 
 

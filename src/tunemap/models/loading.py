@@ -278,10 +278,10 @@ def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
 def _repaired_cpu_kernel() -> torch.library.Library:
     """Make bitsandbytes unpack 4-bit weights rightly on CPUs with AVX512 when rows are no whole number of blocks.
 
-    Weights are packed in blocks of 64 over the flattened matrix, but the CPU kernel of 0.50.2 looks scales up row by
-    row: a matrix with 32 or 172 columns comes back with the scales of other blocks, without any error. The same
-    kernel is right for a matrix whose rows are the blocks, so that is what it is given. The registration lasts as
-    long as the returned object.
+    Weights are packed in blocks of 64 over the flattened matrix, but the vectorised kernel of 0.50.2 looks scales up
+    row by row: a matrix of 32, 96 or 160 columns comes back with the scales of other blocks and twice the error,
+    without a word. The same kernel is right for a matrix whose rows are the blocks, so that is what it is given.
+    The registration lasts as long as the returned object.
     """
     import bitsandbytes  # noqa: F401 (registers the kernel)
 

@@ -257,13 +257,12 @@ def test_double_quantisation_and_type_reach_every_layer(qwen2):
                 assert module.compute_dtype == quantization.compute_dtype
 
 
-@pytest.mark.parametrize("columns", [64, 128, 32, 172, 6], ids=lambda columns: f"{columns} columns")
+@pytest.mark.parametrize("columns", [64, 128, 32, 96, 172, 6], ids=lambda columns: f"{columns} columns")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_weights_are_the_nearest_of_the_published_levels(qwen2, columns, dtype):
     """Levels from normal quantiles, scaled by the absolute maximum of blocks of 64 elements of the flattened matrix.
 
-    Source: Dettmers et al. 2023, appendix E. Row lengths that are no multiple of 64 fail without the repair on CPUs
-    with AVX512.
+    Source: Dettmers et al. 2023, appendix E. 32 and 96 columns fail without the repair on CPUs with AVX512.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -361,8 +360,11 @@ def stories(shared_data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("quantization", [None, NF4], ids=["float32", "nf4"])
-def test_genuine_llama_predicts_its_own_kind_of_text(stories, quantization):
+@pytest.mark.parametrize(
+    ("quantization", "measured_loss"), [(None, 0.386), (NF4, 0.457), (FP4, 0.472)], ids=["float32", "nf4", "fp4"]
+)
+def test_genuine_llama_predicts_its_own_kind_of_text(stories, quantization, measured_loss):
+    """A model that knows nothing scores log(512) = 6.24 nats a token; a wrong rotary base or tying, several."""
     text = (
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
         "a big, red ball. She wanted to play with it, but it was too high."
@@ -370,4 +372,4 @@ def test_genuine_llama_predicts_its_own_kind_of_text(stories, quantization):
     ids = load_tokenizer(stories)(text, return_tensors="pt").input_ids
     with torch.no_grad():
         loss = _load(stories, quantization=quantization)(input_ids=ids, labels=ids).loss.item()
-    assert loss < 1.6 < math.log(512)  # a model that knows nothing scores 6.24 nats
+    assert loss == pytest.approx(measured_loss, abs=0.02)

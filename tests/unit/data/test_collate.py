@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from tunemap.data.batches import batch_schedule
 from tunemap.data.collate import IGNORED, Batch, collate, collate_packed
 from tunemap.data.tokens import Examples
 
@@ -141,6 +142,29 @@ def test_a_cache_would_contaminate_packed_documents() -> None:
     examples, network = random_examples(4), tiny_qwen2()
     batch = collate_packed(examples, rows([0, 1, 2, 3]), pad_token_id=PAD)
     assert not torch.isclose(loss_of(network, batch), loss_of(network, batch, use_cache=True), rtol=1e-9)
+
+
+@pytest.mark.parametrize("batching", ["longest", "length_grouped", "fixed_length", "packed"])
+def test_a_schedule_knows_the_counts_of_its_batches(batching: Any) -> None:
+    examples = random_examples(60)
+    schedule = batch_schedule(
+        examples.lengths, per_device_batch_size=2, gradient_accumulation=2, world_size=2, batching=batching,
+        max_length=20, seed=0, epochs=1, max_steps=None,
+    )  # fmt: skip
+    for step in range(schedule.steps):
+        batches = []
+        for micro_batch, rank in np.ndindex(2, 2):
+            chosen = schedule.micro_batch(step, micro_batch, rank)
+            if batching == "packed":
+                batches.append(collate_packed(examples, chosen, pad_token_id=PAD))
+            else:
+                width = 20 if batching == "fixed_length" else None
+                batches.append(collate(examples, chosen, pad_token_id=PAD, width=width))
+            assert batches[-1].inputs["input_ids"].shape[1] == schedule.widths[step, micro_batch, rank]
+        assert sum(batch.real_tokens for batch in batches) == schedule.real_tokens[step]
+        assert sum(batch.padded_tokens for batch in batches) == schedule.padded_tokens[step]
+        assert sum(batch.samples for batch in batches) == schedule.samples[step]
+        assert sum(batch.label_tokens for batch in batches) == schedule.per_step(examples.label_tokens)[step]
 
 
 def test_cut_examples_without_a_label_have_none() -> None:

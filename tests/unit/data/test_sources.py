@@ -185,6 +185,13 @@ def test_a_hub_dataset_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         prepared(tmp_path / "out", tmp_path, task="gsm8k", source="local", path="repository", subset="other")
 
 
+def test_a_hub_that_cannot_be_reached_is_no_traceback(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="dataset openai/gsm8k, subset main: cannot be read"):
+        prepared(tmp_path, task="gsm8k", source="hub", id="openai/gsm8k", subset="main")
+
+
 def test_a_hub_dataset_needs_an_id(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="source hub: id is missing"):
         prepared(tmp_path, task="gsm8k", source="hub")

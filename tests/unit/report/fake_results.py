@@ -231,7 +231,12 @@ def _write_run(fake: Fake, run: dict[str, Any], outcome: str, reason: str | None
         "spec": spec,
         "measurements": measurements,
         "gates": gates if method != "base" else [],
-        "environment": {"cpu": {"model": "Made-up CPU"}, "gpus": [], "python": "3.11.0", "packages": {"torch": "0.0", "peft": "0.0"}},
+        "environment": {
+            "cpu": {"model": "Made-up CPU"},
+            "gpus": [],
+            "python": "3.11.0",
+            "packages": {"torch": "0.0", "peft": "0.0"},
+        },
     }
     fake.outcome(run["id"]).write_text(json.dumps(document))
 

@@ -603,7 +603,7 @@ def _take_outer_product(
     """dL/dW = sum over tokens of dy x^T, for weights that cannot hold a gradient; x stays alive until backward."""
 
     def forward_hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
+        if not torch.is_grad_enabled():  # a forward pass that no gradient will come back through
             return
         x = inputs[0].detach()
         if not output.requires_grad:

@@ -103,8 +103,8 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def heads_to_save(model: nn.Module) -> list[str]:
-    """The heads that PEFT must be told to train in full: it adds `classifier` and `score` by itself, no others."""
-    return [name for name in head_names(model) if name not in ("classifier", "score")]
+    """The heads that PEFT must be told to train in full: by itself it takes names that end in classifier or score."""
+    return [name for name in head_names(model) if not name.endswith(("classifier", "score"))]
 
 
 def _backbone(model: nn.Module) -> nn.Module:

@@ -496,7 +496,7 @@ def _matched(shapes: Mapping[str, Shape], targets: Any) -> dict[str, Shape]:
 
 
 def _heads(config_class: type[PeftConfig], model: nn.Module, task_type: str) -> dict[str, Any]:
-    """A new classifier must train; PEFT adds `classifier` and `score` itself, but not DistilBERT's first layer."""
+    """A new head must train in full, whatever its name."""
     if task_type != "SEQ_CLS" or "modules_to_save" not in {f.name for f in dataclasses.fields(config_class)}:
         return {}
     return {"modules_to_save": heads_to_save(model)}

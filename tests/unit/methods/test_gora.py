@@ -799,14 +799,30 @@ def test_classification_trains_the_whole_head_beside_the_adapters():
         vocab_size=48, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=16, num_labels=2
     )
     model = DistilBertForSequenceClassification(config)
+    model.projection = nn.Linear(3, 2)  # a head that PEFT does not know by its name
     ids = torch.randint(0, 48, (4, 8))
     batches = [{"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0])}]
     made = gora.plan(model, batches, gora.method("gora"))
     assert len(made.ranks) == 12
     counts = count_parameters(gora.attach(model, made, task_type="SEQ_CLS"))
     assert counts.adapter == made.trainable
-    assert counts.head == 32 * 32 + 32 + 2 * 32 + 2
+    assert counts.head == 32 * 32 + 32 + 2 * 32 + 2 + (3 * 2 + 2)
     assert counts.trainable == counts.adapter + counts.head
+
+
+def test_both_routes_ignore_passes_without_gradient():
+    def against_itself(model, batch):
+        with torch.no_grad():
+            reference = model.used(batch["x"])
+        return (model.used(batch["x"]) * reference).mean()
+
+    torch.manual_seed(0)
+    model, batches = _TwoHeads(), [{"x": torch.randn(2, 4)}]
+    plans = [
+        gora.plan(model, batches, gora.method("gora"), targets=["used"], loss_function=against_itself, route=route)
+        for route in gora.ROUTES
+    ]
+    assert torch.allclose(plans[0].gradients["used"], plans[1].gradients["used"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("route", list(gora.ROUTES))

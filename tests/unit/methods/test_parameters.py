@@ -16,6 +16,7 @@ from tunemap.methods.parameters import (
     ParameterCounts,
     count_parameters,
     head_names,
+    heads_to_save,
     linear_shapes,
     lora_closed_form,
 )
@@ -78,9 +79,8 @@ def test_distilbert_splits_adapter_from_head(shared_data, rank):
     total = count_parameters(model).total
     heads = head_names(model)
     assert heads == ["pre_classifier", "classifier"]
-    lora = LoraConfig(
-        r=rank, target_modules=["q_lin", "v_lin"], task_type="SEQ_CLS", modules_to_save=["pre_classifier"]
-    )
+    assert heads_to_save(model) == []  # PEFT finds both by their names
+    lora = LoraConfig(r=rank, target_modules=["q_lin", "v_lin"], task_type="SEQ_CLS")
     counts = count_parameters(get_peft_model(model, lora, low_cpu_mem_usage=True))
     assert counts.adapter == rank * 2 * (768 + 768) * 6
     assert counts.head == 592_130

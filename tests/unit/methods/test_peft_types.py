@@ -188,7 +188,6 @@ def test_default_targets_are_the_linear_layers_of_the_backbone():
     model = tiny_model("LORA", "SEQ_CLS")
     config = build_config("LORA", {}, model=model, task_type="SEQ_CLS")
     assert config.target_modules == {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}
-    assert config.modules_to_save == ["pre_classifier"]
     counts = count_parameters(apply_peft(model, config))
     assert counts.adapter == lora_closed_form(linear_shapes(tiny_model("LORA", "SEQ_CLS")), 16)
 
@@ -304,6 +303,11 @@ def test_data_driven_starts_ask_for_data_and_leave_no_trace():
     assert all(p.grad is None for p in peft_model.parameters())
     assert all("lora_" in n for n, p in peft_model.named_parameters() if p.requires_grad)
     assert not peft_model.get_base_model().model.layers[0].training
+    # CorDA runs the model in evaluation mode; training must not go on in it unnoticed.
+    model = tiny_model("CORDA", "CAUSAL_LM").train()
+    config = build_config("CORDA", {}, model=model, task_type="CAUSAL_LM")
+    peft_model = apply_peft(model, config, batches=[batch_for("CAUSAL_LM")])
+    assert peft_model.get_base_model().model.layers[0].training
 
 
 def test_applying_draws_nothing_from_the_callers_random_stream():

@@ -351,9 +351,9 @@ def draw_loss(scene: Scene) -> tuple[Figure, str, str] | None:
     finals = [
         f"{point['point']}: ends at {point['train_loss']:.3g}" for point in named if point["train_loss"] is not None
     ]
-    caption = (
-        "Training loss against steps (left) and against time (right): mean over seeds, thin lines are single runs."
-    )
+    caption = "Training loss against steps (left) and time (right): mean over seeds, thin lines are single runs."
+    if by_method:
+        caption += " So many lines are named by their method alone; lighter ones come later in the table."
     return figure, caption, f"Loss curves. {'; '.join(finals)}."
 
 
@@ -416,6 +416,8 @@ def draw_tradeoff(scene: Scene) -> tuple[Figure, str, str] | None:
         "seeds. Filled: on the Pareto front of memory, throughput and accuracy with at least 95 % probability; "
         "empty: beaten with at least 95 %; half: undecided or unknown."
     )
+    if max(map(len, places.values())) > MOST_LABELS:
+        caption += " Of so many points only those on the front are named; the table has the others."
     if lost:
         caption += f" Not on the map: {', '.join(lost)}."
     words = [

@@ -103,8 +103,10 @@ class Host:
         low, high = int(keys.min()), int(keys.max())
         if high - low < max(1 << 20, 8 * len(rows)):
             table = np.full(high - low + 1, -1, np.int32)
-            backwards = slice(None, None, -1) if bool(np.all(start[1:] >= start[:-1])) else np.argsort(-start)
-            table[keys[backwards] - low] = rows[backwards]  # the earliest call is written last and stays
+            table[keys - low] = rows
+            if not np.array_equal(table[keys - low], rows):  # several calls with one id: the earliest counts
+                latest_first = np.argsort(-start, kind="stable")
+                table[keys[latest_first] - low] = rows[latest_first]
             return low, table
         order = np.lexsort((start, keys))
         return None, (keys[order], rows[order])

@@ -54,7 +54,8 @@ def order(start: Array, *ties: Array) -> Array | slice:
     With ties that tell all rows apart the result does not depend on the order of the rows in the file.
     """
     ascending = len(start) < 2 or bool(np.all(start[1:] >= start[:-1]))
-    rows = np.arange(len(start)) if ascending else np.argsort(start, kind="stable")
+    # Without ties to settle, equal starts must keep their order; with them a faster sort may shuffle those first.
+    rows = np.arange(len(start)) if ascending else np.argsort(start, kind=None if ties else "stable")
     same = np.flatnonzero(start[rows[1:]] == start[rows[:-1]]) if ties else np.empty(0, np.int64)
     if len(same) == 0:
         return slice(None) if ascending else rows

@@ -48,6 +48,7 @@ COLUMNS = (
     "time_ns",
     "bytes",
     "flops",
+    "flops_counted",
     "flops_per_byte",
     "flops_per_s",
 )

@@ -5,15 +5,14 @@ no CUPTI tables at all), so every query is made from what `PRAGMA table_info` sh
 one. Rows come in any order. Text may not be UTF-8. The file is opened read-only and its metadata tables, which hold
 the environment, user and process names, are never read.
 
-The cost of a big export is making Python integers out of SQLite rows, not SQLite itself. The kernel table is
-therefore read as three packed integers a row (5 million rows: about 3 s instead of 5 s); a row that does not fit
-falls back to plain columns for the whole table, with the same result.
+Big tables are decoded straight from the pages of the file (`tunemap.trace.pages`), because making a Python integer of
+every value would cost most of the time; what that cannot read goes through sqlite3, with the same result.
 """
 
 import itertools
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -33,11 +32,13 @@ from tunemap.trace.arrays import (
     Trace,
     dense,
 )
+from tunemap.trace.pages import integer_columns
 
 GRAPH_NAME = "CUDA graph (traced as a whole)"
 
 _CHUNK_ROWS = 1 << 18
 _RANGE_EVENTS = (59, 60, 70, 71)  # push/pop and start/end, without and with the extended payload
+_PLACE: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid"])
 _VERSION_SUFFIX = re.compile(r"_v\d+$")
 _LOSS = re.compile(r"\b(lost|dropped|discard|overflow|incomplete)", re.IGNORECASE)
 
@@ -107,6 +108,7 @@ class _Export:
         self.connection = sqlite3.connect(_uri(self.path), uri=True, timeout=0.5)
         self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         self.connection.execute("PRAGMA query_only = ON")
+        self.connection.execute("BEGIN")  # with the first SELECT: nobody changes the pages until the end
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,8 +150,8 @@ class _Export:
     def _columns(self, table: str) -> set[str]:
         return {row[1] for row in self.connection.execute(f'PRAGMA table_info("{table}")')}
 
-    def _select(self, table: str, wanted: dict[str, int | None], where: str = "") -> Array | None:
-        """Rows of integers (n, len(wanted)); None when the table is absent or empty.
+    def _select(self, table: str, wanted: dict[str, int | None]) -> list[Array] | None:
+        """Columns of integers; None when the table is absent or empty.
 
         `wanted` gives for each column what an absent column or a NULL means; None makes the column a must.
         """
@@ -161,23 +163,44 @@ class _Export:
             raise UserError(
                 f"{self.path}: {table} has no column {', '.join(missing)}; exports of nsys 2022 or later are supported"
             )
-        expressions = [
-            str(default) if name not in present else f"COALESCE({name}, {0 if default is None else default})"
-            for name, default in wanted.items()
-        ]
-        cursor = self.connection.execute(f'SELECT {", ".join(expressions)} FROM "{table}" {where}')
-        parts = list(_chunks(cursor, len(wanted)))
-        return np.concatenate(parts) if parts else None
+        defaults = {name: default or 0 for name, default in wanted.items()}
+        stored = [name for name in wanted if name in present]
+        values = self._pages(table, stored, defaults)
+        if values is None:
+            values = self._rows(table, stored, defaults)
+        if len(values[0]) == 0:
+            return None
+        columns = dict(zip(stored, values, strict=True))
+        return [columns.get(name, np.full(len(values[0]), defaults[name])) for name in wanted]
 
-    def _valid(self, rows: Array, table: str, start: int = 0, end: int = 1) -> Array:
-        good = rows[:, end] >= rows[:, start]
+    def _pages(self, table: str, stored: list[str], defaults: dict[str, int]) -> list[Array] | None:
+        """The fast way, None where it does not apply: see `tunemap.trace.pages`."""
+        info = self.connection.execute(f'PRAGMA table_info("{table}")').fetchall()
+        position = {name: number for number, name, *_ in info}
+        if any(key for *_, key in info):
+            return None
+        (root,) = self.connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", [table]).fetchone()
+        return integer_columns(self.path, root, [position[n] for n in stored], [defaults[n] for n in stored])
+
+    def _rows(self, table: str, stored: list[str], defaults: dict[str, int]) -> list[Array]:
+        """The same through sqlite3, a chunk of Python integers at a time."""
+        expressions = ", ".join(f"COALESCE({name}, {defaults[name]})" for name in stored)
+        flat = itertools.chain.from_iterable(self.connection.execute(f'SELECT {expressions} FROM "{table}"'))
+        parts = []
+        while len(chunk := np.fromiter(itertools.islice(flat, len(stored) * _CHUNK_ROWS), np.int64)):
+            parts.append(chunk.reshape(-1, len(stored)))
+        rows = np.concatenate(parts) if parts else np.empty((0, len(stored)), np.int64)
+        return list(rows.T)
+
+    def _valid(self, columns: list[Array], table: str) -> list[Array]:
+        """Without the rows that end before they start; start and end are the first two columns."""
+        good = columns[1] >= columns[0]
         if good.all():
-            return rows
-        self._note_invalid(int((~good).sum()), table)
-        return rows[good]
-
-    def _note_invalid(self, count: int, table: str) -> None:
-        self.notes.append(f"{self.path.name}: {count} rows of {table} end before they start and were left out")
+            return columns
+        self.notes.append(
+            f"{self.path.name}: {int((~good).sum())} rows of {table} end before they start and were left out"
+        )
+        return [column[good] for column in columns]
 
     def _process(self, keys: Array) -> Array:
         distinct, position = dense(keys)
@@ -199,84 +222,34 @@ class _Export:
 
     def _kernels(self) -> Kernels:
         table = "CUPTI_ACTIVITY_KIND_KERNEL"
-        present = self._columns(table)
-        if not present:
-            return Kernels.empty()
-        name = "demangledName" if "demangledName" in present else "shortName"
-        must = {"start", "end", "deviceId", "streamId", "globalPid", "correlationId", name}
-        if must - present:
-            raise UserError(
-                f"{self.path}: {table} has no column {', '.join(sorted(must - present))}; "
-                "exports of nsys 2022 or later are supported"
-            )
-        columns = self._kernels_packed(table, name)
+        name = "demangledName" if "demangledName" in self._columns(table) else "shortName"
+        columns = self._select(table, _PLACE | {"correlationId": -1, name: None})
         if columns is None:
-            columns = self._kernels_plain(table, name)
-        start, duration, device, stream, key, correlation, names = columns
-        rows = Kernels.build(
-            process=self._process(key),
+            return Kernels.empty()
+        start, end, device, stream, pid, correlation, names = self._valid(columns, table)
+        columns.clear()
+        return Kernels.build(
+            process=self._process(pid >> 24),
             device=device,
             stream=stream,
             start_ns=start,
-            end_ns=start + duration,
+            end_ns=end,
             name=self._name(names),
             correlation=correlation,
-            counted=np.ones(len(start), bool),
+            counted=True,
         )
-        if len(start) and (invalid := duration < 0).any():
-            self._note_invalid(int(invalid.sum()), table)
-            return rows.take(~invalid)
-        return rows
-
-    def _kernels_packed(self, table: str, name: str) -> list[Array] | None:
-        """Three non-negative integers a row; -1 marks a row that does not fit, then None."""
-        cursor = self.connection.execute(
-            f"""SELECT
-            CASE WHEN start BETWEEN 0 AND {2**47 - 1} AND streamId BETWEEN 0 AND {2**16 - 1}
-                 THEN (start << 16) | streamId ELSE -1 END,
-            CASE WHEN end - start BETWEEN 0 AND {2**33 - 1} AND deviceId BETWEEN 0 AND {2**6 - 1}
-                  AND {name} BETWEEN 0 AND {2**24 - 1}
-                 THEN ((end - start) << 30) | (deviceId << 24) | {name} ELSE -1 END,
-            CASE WHEN globalPid BETWEEN 0 AND {2**55 - 1} AND correlationId BETWEEN 0 AND {2**32 - 1}
-                 THEN ((globalPid >> 24) << 32) | correlationId ELSE -1 END
-            FROM "{table}" """
-        )
-        parts: list[list[Array]] = []
-        for a, b, c in ((chunk[:, 0], chunk[:, 1], chunk[:, 2]) for chunk in _chunks(cursor, 3)):
-            if min(a.min(), b.min(), c.min()) < 0:
-                return None
-            device = (b >> 24 & 0x3F).astype(np.int16)
-            stream, names = (a & 0xFFFF).astype(np.int32), (b & 0xFFFFFF).astype(np.int32)
-            parts.append([a >> 16, b >> 30, device, stream, (c >> 32).astype(np.int32), c & 0xFFFFFFFF, names])
-        if not parts:
-            return [np.empty(0, np.int64)] * 7
-        columns = []
-        for i in range(7):  # one column at a time: the parts of a column are freed before the next one is joined
-            columns.append(np.concatenate([part[i] for part in parts]))
-            for part in parts:
-                part[i] = part[i][:0]
-        return columns
-
-    def _kernels_plain(self, table: str, name: str) -> list[Array]:
-        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid"])
-        rows = self._select(table, wanted | {"correlationId": -1, name: -1})
-        if rows is None:
-            return [np.empty(0, np.int64)] * 7
-        start, end, device, stream, pid, correlation, names = rows.T
-        return [start, end - start, device, stream, pid >> 24, correlation, names]
 
     def _graphs(self) -> Kernels:
         """Graphs traced as a whole keep the device busy, but hide their kernels."""
         table = "CUPTI_ACTIVITY_KIND_GRAPH_TRACE"
-        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid"])
-        rows = self._select(table, wanted | {"correlationId": -1})
+        rows = self._select(table, _PLACE | {"correlationId": -1})
         if rows is None:
             return Kernels.empty()
         self.notes.append(
-            f"{self.path.name}: {len(rows)} CUDA graphs were traced as a whole, their kernels are not in the export; "
+            f"{self.path.name}: {len(rows[0])} CUDA graphs were traced as a whole, without their kernels; "
             "capture with --cuda-graph-trace=node to see them"
         )
-        start, end, device, stream, pid, correlation = self._valid(rows, table).T
+        start, end, device, stream, pid, correlation = self._valid(rows, table)
         return Kernels.build(
             process=self._process(pid >> 24),
             device=device,
@@ -285,18 +258,18 @@ class _Export:
             end_ns=end,
             name=np.full(len(start), self.names.setdefault(GRAPH_NAME, len(self.names))),
             correlation=correlation,
-            counted=np.ones(len(start), bool),
+            counted=True,
         )
 
     def _memcpy(self) -> Copies:
         table = "CUPTI_ACTIVITY_KIND_MEMCPY"
-        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid", "bytes"])
-        wanted |= {"copyKind": 0, "correlationId": -1, "srcKind": UNKNOWN_MEMORY, "dstKind": UNKNOWN_MEMORY}
-        rows = self._select(table, wanted | {"srcDeviceId": -1, "dstDeviceId": -1})
+        wanted = _PLACE | {"bytes": None, "copyKind": 0, "correlationId": -1}
+        wanted |= {"srcKind": UNKNOWN_MEMORY, "dstKind": UNKNOWN_MEMORY, "srcDeviceId": -1, "dstDeviceId": -1}
+        rows = self._select(table, wanted)
         if rows is None:
             return Copies.empty()
         start, end, device, stream, pid, size, kind, correlation, source, target, source_device, target_device = (
-            self._valid(rows, table).T
+            self._valid(rows, table)
         )
         return Copies.build(
             process=self._process(pid >> 24),
@@ -315,11 +288,10 @@ class _Export:
 
     def _memset(self) -> Copies:
         table = "CUPTI_ACTIVITY_KIND_MEMSET"
-        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "deviceId", "streamId", "globalPid", "bytes"])
-        rows = self._select(table, wanted | {"correlationId": -1, "memKind": UNKNOWN_MEMORY})
+        rows = self._select(table, _PLACE | {"bytes": None, "correlationId": -1, "memKind": UNKNOWN_MEMORY})
         if rows is None:
             return Copies.empty()
-        start, end, device, stream, pid, size, correlation, memory = self._valid(rows, table).T
+        start, end, device, stream, pid, size, correlation, memory = self._valid(rows, table)
         return Copies.build(
             process=self._process(pid >> 24),
             device=device,
@@ -339,11 +311,10 @@ class _Export:
 
     def _calls(self) -> Calls:
         table = "CUPTI_ACTIVITY_KIND_RUNTIME"
-        wanted: dict[str, int | None] = dict.fromkeys(["start", "end", "globalTid", "nameId"])
-        rows = self._select(table, wanted | {"correlationId": -1})
+        rows = self._select(table, {"start": None, "end": None, "globalTid": None, "nameId": None, "correlationId": -1})
         if rows is None:
             return Calls.empty()
-        start, end, thread, name, correlation = self._valid(rows, table).T
+        start, end, thread, name, correlation = self._valid(rows, table)
         return Calls.build(
             process=self._process(thread >> 24),
             thread=thread & 0xFFFFFF,
@@ -374,12 +345,10 @@ class _Export:
         end = np.array([max(last, r[0]) if r[1] is None else r[1] for r in rows], np.int64)
         thread = np.array([r[2] for r in rows], np.int64)
         index = np.array([self.names.setdefault(r[3], len(self.names)) for r in rows], np.int32)
-        good = end >= start
-        if not good.all():
-            self._note_invalid(int((~good).sum()), "NVTX_EVENTS")
+        start, end, thread, index = self._valid([start, end, thread, index], "NVTX_EVENTS")
         return Ranges.build(
             process=self._process(thread >> 24), thread=thread & 0xFFFFFF, start_ns=start, end_ns=end, name=index
-        ).take(good)
+        )
 
     def _capture_end(self) -> int:
         """The last time in the export: where a range that was never closed must end."""
@@ -416,13 +385,3 @@ class _Export:
         lost = sum(bool(_LOSS.search(text)) for text in texts)
         if lost:
             self.notes.append(f"{self.path.name}: nsys reports lost or incomplete data in {lost} diagnostic messages")
-
-
-def _chunks(cursor: Iterator[tuple[int, ...]], width: int) -> Iterator[Array]:
-    """Rows of integers as arrays (n, width) of bounded size: the Python integers of one chunk live at a time."""
-    flat = itertools.chain.from_iterable(cursor)
-    while True:
-        values = np.fromiter(itertools.islice(flat, width * _CHUNK_ROWS), np.int64)
-        if len(values) == 0:
-            return
-        yield values.reshape(-1, width)

@@ -10,6 +10,7 @@ import sqlite3
 from collections import defaultdict
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def _read_nsys(path: Path) -> Raw:
 
     for r in rows("CUPTI_ACTIVITY_KIND_KERNEL"):
         pid = r["globalPid"] >> 24 & 0xFFFFFF
-        raw.kernels.append(Op(pid, r["deviceId"], r["start"], r["end"], strings[r["demangledName"]], r["correlationId"]))
+        raw.kernels.append(
+            Op(pid, r["deviceId"], r["start"], r["end"], strings[r["demangledName"]], r["correlationId"])
+        )
     for table in ("CUPTI_ACTIVITY_KIND_MEMCPY", "CUPTI_ACTIVITY_KIND_MEMSET"):
         for r in rows(table):
             kind = r["copyKind"] if "copyKind" in r.keys() else "memset"  # noqa: SIM118
@@ -105,17 +108,17 @@ def _read_kineto(path: Path) -> Raw:
 
 def partition(kernels: list[Op], copies: list[Op]) -> dict[str, int]:
     """Parts of the window of one device: what is active in each elementary interval."""
-    ops = [(k.start, k.end, 1 if "nccl" in k.name.lower() else 0) for k in kernels] + [(c.start, c.end, 2) for c in copies]
+    ops = [(k.start, k.end, 1 if "nccl" in k.name.lower() else 0) for k in kernels] + [
+        (c.start, c.end, 2) for c in copies
+    ]
     cuts = sorted({t for start, end, _ in ops for t in (start, end)})
     delta: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
     for start, end, kind in ops:
         delta[start][kind] += 1
         delta[end][kind] -= 1
-    total = dict.fromkeys(
-        ("compute_ns", "communication_ns", "overlap_ns", "exposed_communication_ns", "copy_ns", "exposed_copy_ns", "idle_ns",
-         "kernel_busy_ns"), 0)  # fmt: skip
+    total: dict[str, int] = defaultdict(int)
     active = [0, 0, 0]
-    for at, until in zip(cuts, cuts[1:], strict=False):
+    for at, until in pairwise(cuts):
         active = [a + d for a, d in zip(active, delta[at], strict=True)]
         length = until - at
         compute, communicate, copy = (a > 0 for a in active)
@@ -128,10 +131,12 @@ def partition(kernels: list[Op], copies: list[Op]) -> dict[str, int]:
         total["idle_ns"] += length * (not copy and not compute and not communicate)
         total["kernel_busy_ns"] += length * (compute or communicate)
     total["window_ns"] = cuts[-1] - cuts[0]
-    return total
+    return dict(total)
 
 
-def phases(raw: Raw, kernels: list[Op], phase_of: Any, category_of: Any, thread_phases: set[str]) -> dict[Any, list[int]]:
+def phases(
+    raw: Raw, kernels: list[Op], phase_of: Any, category_of: Any, thread_phases: set[str]
+) -> dict[Any, list[int]]:
     """(phase, category) -> [count, time]: for each kernel all ranges of its process are looked at."""
     launches: dict[tuple[int, int], Op] = {}
     for call in raw.calls:
@@ -168,7 +173,7 @@ def cpu_partition(raw: Raw, category_of: Any, waits: set[str]) -> dict[str, int]
         begins[o.start].append(o)
     active: list[Op] = []
     total = {"compute_ns": 0, "communication_ns": 0, "exposed_communication_ns": 0, "idle_ns": 0}
-    for at, until in zip(cuts, cuts[1:], strict=False):
+    for at, until in pairwise(cuts):
         active = [o for o in active if o.end > at] + begins[at]
         length = until - at
         innermost: dict[Any, Op] = {}

@@ -17,7 +17,7 @@ RULES = load_rules()
     ("name", "category"),
     [
         # lamb is an optimizer, lambda is in every templated kernel
-        ("void at::native::elementwise_kernel<128, 4, at::native::(anonymous namespace)::[lambda(int)]>", "elementwise"),
+        ("void at::native::elementwise_kernel<128, 4, at::native::[lambda(int)]>", "elementwise"),
         ("void multi_tensor_apply_kernel<LAMBStage1Functor<float>>(int)", "optimizer"),
         ("void at::native::lamb_update_kernel<float>(float*)", "optimizer"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::compare_scalars_kernel>(int)", "elementwise"),
@@ -50,7 +50,7 @@ RULES = load_rules()
         ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 10, true, false>(float*)", "softmax"),
         ("void at::native::(anonymous namespace)::nll_loss_forward_reduce_cuda_kernel_2d<float>(float*)", "loss"),
         ("void liger_cross_entropy_kernel(float*)", "loss"),
-        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>", "copy_cast"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(Base&)>", "copy_cast"),
         ("frobnicate_42", "other"),
     ],
 )  # fmt: skip

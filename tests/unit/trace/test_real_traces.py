@@ -84,9 +84,7 @@ def test_gpu_trace_equals_the_oracle(shared_traces, trace):
         assert d["nccl_exposed_share"] == expected["exposed_communication_ns"] / expected["window_ns"]
         place = {"process": d["process"], "device": device}
         phases = brute_force.phases(raw, kernels, phase, kernel_category, set(RULES.thread_phases))
-        found = {
-            (r["phase"], r["category"]): [r["count"], r["time_ns"]] for r in rows(facts.tables["phases"], **place)
-        }
+        found = {(r["phase"], r["category"]): [r["count"], r["time_ns"]] for r in rows(facts.tables["phases"], **place)}
         assert found == phases
         by_name = defaultdict(lambda: [0, 0, []])
         for k in kernels:
@@ -94,7 +92,9 @@ def test_gpu_trace_equals_the_oracle(shared_traces, trace):
             by_name[k.name][1] += k.end - k.start
             by_name[k.name][2].append(k.end - k.start)
         found = {r["name"]: r for r in rows(facts.tables["kernels"], **place)}
-        assert {n: (r["count"], r["time_ns"]) for n, r in found.items()} == {n: (c, t) for n, (c, t, _) in by_name.items()}
+        assert {n: (r["count"], r["time_ns"]) for n, r in found.items()} == {
+            n: (c, t) for n, (c, t, _) in by_name.items()
+        }
         for name, (_, _, durations) in by_name.items():
             ordered = sorted(durations)
             middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

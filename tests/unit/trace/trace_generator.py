@@ -26,14 +26,14 @@ import numpy as np
 COMPUTE = [
     ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_64x3_tn", "gemm", 14, 30),
     ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", "gemm", 8, 40),
-    ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x64_32x4_nn_align8>(T1::Params)", "gemm", 4, 0),
+    ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_256x64_nn>(T1::Params)", "gemm", 4, 0),
     ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128>>(flash::Flash_fwd_params)", "attention", 3, 90),
-    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>(int, T2)", "elementwise", 22, 9),
+    ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>(int, T2)", "elementwise", 22, 9),
     ("void at::native::elementwise_kernel<128, 4, at::native::[lambda(int)]>(int, T3)", "elementwise", 14, 8),
     ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>(T3)", "reduce", 5, 10),
     ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float>(int)", "norm", 4, 12),
     ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8>(float *, unsigned char *)", "dequantize", 6, 30),
-    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>(T1)", "optimizer", 4, 45),
+    ("void (anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>(T1)", "optimizer", 4, 45),
     ("void (anonymous namespace)::softmax_warp_forward<float>(T2 *)", "softmax", 2, 15),
 ]  # fmt: skip
 COLLECTIVE = [
@@ -196,7 +196,11 @@ def _rank(count: int, share: float | None, g: int, steps: int, seed: int, collid
 
 def _grid(step_ns: int) -> list[tuple[int, int]]:
     """forward, backward, optimizer within a step."""
-    return [(0, step_ns * 33 // 100), (step_ns * 34 // 100, step_ns * 90 // 100), (step_ns * 91 // 100, step_ns * 99 // 100)]
+    return [
+        (0, step_ns * 33 // 100),
+        (step_ns * 34 // 100, step_ns * 90 // 100),
+        (step_ns * 91 // 100, step_ns * 99 // 100),
+    ]
 
 
 # -- truth as tables -------------------------------------------------------------------------------------------
@@ -246,7 +250,8 @@ _KERNEL_COLUMNS = (
     "start INTEGER NOT NULL, end INTEGER NOT NULL, deviceId INTEGER NOT NULL, contextId INTEGER NOT NULL DEFAULT 1, "
     "{green}streamId INTEGER NOT NULL, correlationId INTEGER, globalPid INTEGER, demangledName INTEGER NOT NULL, "
     "shortName INTEGER NOT NULL, mangledName INTEGER, launchType INTEGER DEFAULT 1, cacheConfig INTEGER DEFAULT 0, "
-    "registersPerThread INTEGER NOT NULL DEFAULT 128, gridX INTEGER NOT NULL DEFAULT 1024, gridY INTEGER NOT NULL DEFAULT 1, "
+    "registersPerThread INTEGER NOT NULL DEFAULT 128, gridX INTEGER NOT NULL DEFAULT 64, "
+    "gridY INTEGER NOT NULL DEFAULT 1, "
     "gridZ INTEGER NOT NULL DEFAULT 1, blockX INTEGER NOT NULL DEFAULT 256, blockY INTEGER NOT NULL DEFAULT 1, "
     "blockZ INTEGER NOT NULL DEFAULT 1, staticSharedMemory INTEGER NOT NULL DEFAULT 0, "
     "dynamicSharedMemory INTEGER NOT NULL DEFAULT 49152, localMemoryPerThread INTEGER NOT NULL DEFAULT 0, "
@@ -270,7 +275,8 @@ def write_nsys(path: Path, ranks: list[Rank], version: int = 2025, shuffle: int 
         f"""CREATE TABLE StringIds (id INTEGER NOT NULL PRIMARY KEY, value TEXT NOT NULL);
         CREATE TABLE {meta} (name TEXT NOT NULL, value TEXT);
         CREATE TABLE META_DATA_CAPTURE (name TEXT NOT NULL, value TEXT);
-        CREATE TABLE TARGET_INFO_SYSTEM_ENV (globalVid INTEGER, devStateName TEXT, name TEXT, nameEnum INTEGER, value TEXT);
+        CREATE TABLE TARGET_INFO_SYSTEM_ENV (globalVid INTEGER, devStateName TEXT, name TEXT, nameEnum INTEGER,
+          value TEXT);
         CREATE TABLE PROCESSES (globalPid INTEGER, pid INTEGER, name TEXT);
         CREATE TABLE ThreadNames (nameId INTEGER NOT NULL, priority INTEGER, globalTid INTEGER);
         CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL ({_KERNEL_COLUMNS.format(green=green, extra=extra)});
@@ -345,13 +351,24 @@ def write_nsys(path: Path, ranks: list[Rank], version: int = 2025, shuffle: int 
             by_id = i % 2 == 1
             database.execute(
                 "INSERT INTO NVTX_EVENTS (start, end, eventType, text, globalTid, textId) VALUES (?,?,?,?,?,?)",
-                (start, end, 59 if i % 3 else 60, None if by_id else text, global_pid | tid, string(text) if by_id else None),
+                (
+                    start,
+                    end,
+                    59 if i % 3 else 60,
+                    None if by_id else text,
+                    global_pid | tid,
+                    string(text) if by_id else None,
+                ),
             )
         database.execute("INSERT INTO PROCESSES VALUES (?,?,?)", (global_pid, rank.pid, f"/home/{USER}/bin/python3"))
-        database.execute("INSERT INTO ThreadNames VALUES (?,?,?)", (string(f"{USER}-thread"), 20, global_pid | rank.pid))
+        database.execute(
+            "INSERT INTO ThreadNames VALUES (?,?,?)", (string(f"{USER}-thread"), 20, global_pid | rank.pid)
+        )
     string(f"HOME=/home/{USER}\x00HF_TOKEN={SECRET}")
     database.executemany("INSERT INTO StringIds VALUES (?,?)", [(v, k) for k, v in strings.items()])
-    database.execute("INSERT INTO META_DATA_CAPTURE VALUES ('PROCESS_0:ENVIRONMENT_VARIABLE', ?)", (f"HF_TOKEN={SECRET}",))
+    database.execute(
+        "INSERT INTO META_DATA_CAPTURE VALUES ('PROCESS_0:ENVIRONMENT_VARIABLE', ?)", (f"HF_TOKEN={SECRET}",)
+    )
     database.execute("INSERT INTO META_DATA_CAPTURE VALUES ('PROCESS_0:USER_NAME', ?)", (USER,))
     database.execute(
         "INSERT INTO TARGET_INFO_SYSTEM_ENV VALUES (0, 'Env', 'DeviceEnvironment', 0, CAST(? AS TEXT))",
@@ -382,7 +399,9 @@ def write_kineto(path: Path, rank: Rank, count: int, shuffle: int | None = None)
         )
 
     k, c, calls = rank.kernels, rank.copies, rank.calls
-    for start, end, name, correlation in zip(*(v.tolist() for v in (k.start, k.end, k.name, k.correlation)), strict=True):
+    for start, end, name, correlation in zip(
+        *(v.tolist() for v in (k.start, k.end, k.name, k.correlation)), strict=True
+    ):
         stream = 7 if name < len(COMPUTE) else 16
         args = {"device": rank.device, "stream": stream, "correlation": correlation, "External id": correlation}
         add("kernel", NAMES[name], rank.device, stream, start, end, args)
@@ -400,7 +419,9 @@ def write_kineto(path: Path, rank: Rank, count: int, shuffle: int | None = None)
         add("cuda_runtime", (LAUNCH, LAUNCH_COPY, SYNC)[name], rank.pid, tid, start, end, {"correlation": correlation})
     for start, end, name, tid in rank.ranges:
         add("user_annotation", name, rank.pid, tid, start, end, {})
-    events.append(f'{{"ph": "M", "name": "process_name", "pid": {rank.pid}, "args": {{"name": "/home/{USER}/python"}}}}')
+    events.append(
+        f'{{"ph": "M", "name": "process_name", "pid": {rank.pid}, "args": {{"name": "/home/{USER}/python"}}}}'
+    )
     if shuffle is not None:
         events = [events[i] for i in np.random.default_rng(shuffle).permutation(len(events))]
     text = (

@@ -6,7 +6,7 @@ from the classes below by `tunemap schema`; a test fails when they drift.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -76,15 +76,15 @@ class DatasetConfig(Section):
         "your own jsonl or csv files."
     )
     source: Literal["made", "hub", "local", "file"] = Field(
-        description="`made` (arithmetic only), `hub` (id, revision), `local` (a folder in hub layout or with "
-        "train/test files), `file` (train_file, test_file)."
+        description="`made` (arithmetic and sst2; 2000 training and 200 test rows unless said), `hub` (id, revision), "
+        "`local` (a folder in hub layout or with train/test files), `file` (train_file, test_file)."
     )
     id: str | None = Field(None, description="Repository on the hub; needed by source hub.")
     subset: str | None = Field(None, description="Configuration of a hub dataset, such as main for gsm8k.")
     revision: str = Field("main", description="Commit, tag or branch of a hub dataset.")
     path: str | None = Field(None, description="Folder of source local, relative to `data_root`.")
-    train_file: str | None = Field(None, description="jsonl, csv or tsv file of source file.")
-    test_file: str | None = Field(None, description="jsonl, csv or tsv file of source file.")
+    train_file: str | None = Field(None, description="jsonl, csv or tsv file of source file, relative to `data_root`.")
+    test_file: str | None = Field(None, description="jsonl, csv or tsv file of source file, relative to `data_root`.")
     prompt_field: str | None = Field(None, description="Column of the prompt or text (tasks of your own).")
     answer_field: str | None = Field(None, description="Column of the answer or label (tasks of your own).")
     train_rows: PositiveInt | None = Field(None, description="How many training rows to use; null: all.")
@@ -92,8 +92,8 @@ class DatasetConfig(Section):
     seed: NonNegativeInt = Field(0, description="Seed of made data, and of the choice of rows.")
     prompt_template: str | None = Field(
         None,
-        description="Name in `prompt_templates`; null: the tokenizer's chat template, or the bare prompt where "
-        "it has none.",
+        description="Name in `prompt_templates`: the whole prompt, in place of chat template and system_prompt. "
+        "Null: the tokenizer's chat template, or the bare prompt where it has none.",
     )
     system_prompt: str | None = Field(None, description="System message of the chat template.")
     accept_truncation: bool = Field(
@@ -109,7 +109,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Method(Section):
     """What all methods share: the factor values that a method brings along, such as its learning rate."""
 
-    factors: PartialFactors = Field(  # type: ignore[valid-type]
+    factors: PartialFactors = Field(
         default_factory=lambda: PartialFactors(),
         description="Factor values of this method, stronger than `defaults`, weaker than an experiment's.",
     )
@@ -229,7 +229,7 @@ def _partial(name: str, doc: str, names: dict[str, tuple[Any, str | None]], list
     """A section in which every given key is optional; with `lists`, each key holds a list of values."""
     fields: dict[str, Any] = {}
     for key, (annotation, description) in names.items():
-        kind = Annotated[list[annotation], Field(min_length=1)] if lists else annotation
+        kind: Any = Annotated[list[annotation], Field(min_length=1)] if lists else annotation  # type: ignore[valid-type]
         fields[key.replace(".", "__")] = (kind, Field(default=None, alias=key, description=description))
     model = create_model(name, __base__=Section, **fields)
     model.__doc__ = doc
@@ -245,9 +245,20 @@ def given(section: BaseModel) -> dict[str, Any]:
 _FACTOR_TYPES: dict[str, tuple[Any, str | None]] = {
     name: (_annotated(field), field.description) for name, field in Factors.model_fields.items()
 }
-PartialFactors = _partial("PartialFactors", "Some factors with their values.", _FACTOR_TYPES, lists=False)
-for _class in (*METHOD_CLASSES, BaseMethod):
-    _class.model_rebuild()
+if TYPE_CHECKING:  # the classes are built from the factors, which a type checker cannot follow
+
+    class PartialFactors(Section): ...
+
+    class Defaults(Section): ...
+
+    class Fixed(Section): ...
+
+    class Vary(Section): ...
+
+else:
+    PartialFactors = _partial("PartialFactors", "Some factors with their values.", _FACTOR_TYPES, lists=False)
+    for _class in (*METHOD_CLASSES, BaseMethod):
+        _class.model_rebuild()
 
 _PARAMETER_TYPES: dict[str, tuple[Any, str | None]] = {
     f"method.{name}": (_annotated(field), field.description)
@@ -262,9 +273,10 @@ _CHOICE_TYPES: dict[str, tuple[Any, str | None]] = {
 }
 _SHARED_TYPES = _CHOICE_TYPES | {name: kind for name, kind in _FACTOR_TYPES.items() if name != "seed"}
 _POINT_TYPES = _SHARED_TYPES | _PARAMETER_TYPES
-Defaults = _partial("Defaults", "Factors of all runs unless set elsewhere.", _SHARED_TYPES, lists=False)
-Fixed = _partial("Fixed", "Factors that are the same in all runs of an experiment.", _POINT_TYPES, lists=False)
-Vary = _partial("Vary", "Factors to vary: the runs are all combinations.", _POINT_TYPES, lists=True)
+if not TYPE_CHECKING:
+    Defaults = _partial("Defaults", "Factors of all runs unless set elsewhere.", _SHARED_TYPES, lists=False)
+    Fixed = _partial("Fixed", "Factors that are the same in all runs of an experiment.", _POINT_TYPES, lists=False)
+    Vary = _partial("Vary", "Factors to vary: the runs are all combinations.", _POINT_TYPES, lists=True)
 POINT_KEYS = (*_POINT_TYPES, "seed")  # what `exclude` and `only` may name
 Match = dict[str, Any]
 
@@ -277,8 +289,8 @@ class Experiment(Section):
 
     name: Name = Field(description="Name of the experiment; unique in the study.")
     question: str = Field(description="The question that its table and figure answer.")
-    fixed: Fixed = Field(default_factory=lambda: Fixed(), description="Factors equal in all its runs.")  # type: ignore[valid-type]
-    vary: Vary = Field(default_factory=lambda: Vary(), description="Factors with lists of values; full grid.")  # type: ignore[valid-type]
+    fixed: Fixed = Field(default_factory=lambda: Fixed(), description="Factors equal in all its runs.")
+    vary: Vary = Field(default_factory=lambda: Vary(), description="Factors with lists of values; full grid.")
     seeds: list[NonNegativeInt] = Field([0], min_length=1, description="Each point is repeated with each seed.")
     exclude: list[Match] = Field(
         default_factory=list, description="Points to leave out: factor: value, or factor: [values]."
@@ -315,10 +327,11 @@ class Study(Section):
     models: dict[Name, ModelConfig] = Field(min_length=1, description="Models by name.")
     datasets: dict[Name, DatasetConfig] = Field(min_length=1, description="Datasets by name.")
     prompt_templates: dict[Name, str] = Field(
-        default_factory=dict, description="Templates by name; {prompt} stands for the question."
+        default_factory=dict,
+        description="Whole prompts by name; {prompt} stands once in each, for the question.",
     )
     methods: dict[Name, MethodConfig] = Field(min_length=1, description="Fine-tuning methods by name.")
-    defaults: Defaults = Field(  # type: ignore[valid-type]
+    defaults: Defaults = Field(
         default_factory=lambda: Defaults(), description="Factor values of all runs unless set elsewhere."
     )
     experiments: list[Experiment] = Field(min_length=1, description="The questions of the study.")

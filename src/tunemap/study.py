@@ -14,6 +14,7 @@ from tunemap.config import (
     EVALUATION_FACTORS,
     POINT_KEYS,
     BaseMethod,
+    DatasetConfig,
     Experiment,
     Factors,
     LoraMethod,
@@ -23,9 +24,11 @@ from tunemap.config import (
     TinyModel,
     given,
 )
-from tunemap.errors import unknown_key
-from tunemap.run import Run, digest
+from tunemap.data.prompts import check_template
+from tunemap.errors import UserError, unknown_key
+from tunemap.run import TASK_KINDS, Run
 
+MADE_TASKS = ("arithmetic", "sst2")  # tasks whose data can be made here
 LONGEST_ID = 200  # file names end at 255 bytes; suffixes and temporary names need the rest
 
 
@@ -106,7 +109,7 @@ def plan_study(study: Study) -> tuple[Plan, list[str]]:
                     f"experiment {experiment.name}: two different runs would be called {run.id}; rename one"
                 )
             provenance.setdefault(run.id, origin)
-            base.append(_base_run(run))
+            base.append(_base_run(study, run))
         for run in base:
             runs.setdefault(run.id, run)
             provenance.setdefault(run.id, {"method": "added: the row without fine-tuning"})
@@ -160,6 +163,12 @@ def _wrong_names(study: Study) -> list[str]:
         if template is not None and template not in study.prompt_templates:
             known = ", ".join(study.prompt_templates) or "none"
             problems.append(f"datasets.{dataset_name}: unknown prompt_template '{template}'; declared: {known}")
+        problems += [f"datasets.{dataset_name}: {reason}" for reason in _dataset_problems(dataset)]
+    for template_name, text in study.prompt_templates.items():
+        try:
+            check_template(text, f"prompt_templates.{template_name}")
+        except UserError as error:
+            problems.append(str(error))
     if BASE_METHOD in study.methods:
         problems.append(f"methods.{BASE_METHOD}: the name is reserved for the row without fine-tuning; choose another")
     baseline = study.report.baseline_method
@@ -169,6 +178,22 @@ def _wrong_names(study: Study) -> list[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"experiments: the name '{name}' is used {names.count(name)} times; names are unique")
     return list(dict.fromkeys(problems))
+
+
+def _dataset_problems(dataset: DatasetConfig) -> Iterator[str]:
+    """Keys of a dataset that do not go together, or that are missing for its source or task."""
+    if dataset.source == "made" and dataset.task not in MADE_TASKS:
+        yield f"source made knows the tasks {', '.join(MADE_TASKS)}, not {dataset.task}; use hub, local or file"
+    needed = {"hub": ("id",), "local": ("path",), "file": ("train_file", "test_file"), "made": ()}[dataset.source]
+    if dataset.task in ("generation", "classification"):
+        needed = (*needed, "prompt_field", "answer_field")
+    for key in needed:
+        if getattr(dataset, key) is None:
+            yield f"task {dataset.task} with source {dataset.source} needs the key '{key}'"
+    if dataset.prompt_template is not None and dataset.system_prompt is not None:
+        yield "prompt_template is the whole prompt; write system_prompt into it, or leave one of them out"
+    if TASK_KINDS[dataset.task] == "classification" and (dataset.prompt_template or dataset.system_prompt):
+        yield "a text to classify is taken as it is; leave prompt_template and system_prompt out"
 
 
 def _expand(study: Study, experiment: Experiment) -> tuple[list[tuple[Run, dict[str, str]]], list[str]]:
@@ -304,21 +329,20 @@ def _readable(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else f"{value}"
 
 
-def _base_run(run: Run) -> Run:
+def _base_run(study: Study, run: Run) -> Run:
     """The row without fine-tuning that belongs to `run`: same model, data, precision and evaluation."""
-    kept = {"max_length", "precision", "attention", "threads_per_process", *EVALUATION_FACTORS}
+    kept = ("max_length", "precision", "attention", "threads_per_process", *EVALUATION_FACTORS)
     factors = Factors(**{name: getattr(run.factors, name) for name in kept})
     base = run.model_copy(
         update={"id": "", "method_name": BASE_METHOD, "method": BaseMethod(kind="base"), "factors": factors}
     )
-    name = f"{run.model_name}.{run.dataset_name}.{BASE_METHOD}"
-    usual = Factors()
+    usual = Factors().model_dump() | given(study.defaults)
     differing = [
-        f"{key}-{_readable(getattr(factors, key))}"
-        for key in Factors.model_fields
-        if key in kept - {"max_length", "threads_per_process"} and getattr(factors, key) != getattr(usual, key)
+        f"{name}-{_readable(getattr(factors, name))}"
+        for name in Factors.model_fields
+        if name in kept and getattr(factors, name) != usual[name]
     ]
-    return base.model_copy(update={"id": ".".join([name, f"max_length-{factors.max_length}", *differing])})
+    return base.model_copy(update={"id": ".".join([run.model_name, run.dataset_name, BASE_METHOD, *differing])})
 
 
 def reasons_against(run: Run, values: dict[str, Any]) -> list[str]:
@@ -352,8 +376,3 @@ def reasons_against(run: Run, values: dict[str, Any]) -> list[str]:
     if not math.isfinite(factors.learning_rate):
         reasons.append("learning_rate is not a finite number")
     return reasons
-
-
-def study_digest(plan: Plan) -> str:
-    """Digest of all runs and experiments of a plan."""
-    return digest(plan.to_dict())

@@ -46,7 +46,7 @@ def lora_config(model: nn.Module, method: LoraMethod, task_kind: TaskKind) -> Lo
     targets = method.target_modules
     return LoraConfig(
         r=method.rank,
-        lora_alpha=2 * method.rank if method.alpha is None else method.alpha,  # type: ignore[arg-type]
+        lora_alpha=2 * method.rank if method.alpha is None else method.alpha,
         lora_dropout=method.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=heads or None,

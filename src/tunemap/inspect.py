@@ -1,0 +1,200 @@
+"""Looking at studies and runs: list them, explain one, compare two, forget the failed, find what is stale."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tunemap.errors import UserError, nearest
+from tunemap.files import read_json
+from tunemap.run import Run, canonical_json, differing_factors
+from tunemap.study import Plan
+from tunemap.study_file import load_plan
+
+DEFAULT_STUDY = Path("config/config.yaml")
+RESULTS = Path("results")
+PIPE_COLUMNS = 240
+RETRIED = ("error", "timeout", "oom", "invalid", "unsupported")
+
+
+def _console() -> Console:
+    """A terminal's own width; wide where the output goes to a file or a pipe, so that ids stay whole."""
+    console = Console(soft_wrap=True)
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
+
+
+def _study_argument(parser: argparse.ArgumentParser, *, option: bool) -> None:
+    name = "--study" if option else "study"
+    meaning = f"study file (default: {DEFAULT_STUDY})"
+    if option:
+        parser.add_argument(name, type=Path, default=DEFAULT_STUDY, help=meaning)
+    else:
+        parser.add_argument(name, type=Path, nargs="?", default=DEFAULT_STUDY, help=meaning)
+
+
+def _run_of(plan: Plan, name: str) -> Run:
+    if name in plan.runs:
+        return plan.runs[name]
+    meant = nearest(name, plan.runs)
+    hint = f"; did you mean {meant}?" if meant else ""
+    raise UserError(f"no run '{name}' in study {plan.study.study}{hint} `tunemap plan` lists them")
+
+
+# --- plan -------------------------------------------------------------------------------------------------
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tunemap plan`."""
+    _study_argument(parser, option=False)
+    parser.add_argument("--json", action="store_true", help="print JSON: every run with all of its factors")
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Print the runs of a study."""
+    plan = load_plan(arguments.study)
+    if arguments.json:
+        print(json.dumps(plan.to_dict(), indent=1, ensure_ascii=False))
+        return 0
+    console = _console()
+    for experiment in plan.experiments:
+        table = Table(title=f"{experiment.name}: {experiment.question}", title_justify="left")
+        for column in ("run", "digest", "varied"):
+            table.add_column(column, overflow="fold")
+        for name in (*experiment.base_runs, *experiment.runs):
+            run = plan.runs[name]
+            varied = ", ".join(f"{key}={_value(run, key)}" for key in experiment.vary) if not run.is_base else ""
+            table.add_row(name, run.training_digest, varied)
+        console.print(table)
+    listed = sum(len(experiment.runs) for experiment in plan.experiments)
+    trained = [run for run in plan.runs.values() if not run.is_base]
+    shared = f" ({listed - len(trained)} are shared between experiments)" if listed > len(trained) else ""
+    console.print(f"{len(trained)} runs to train{shared}, {len(plan.runs) - len(trained)} base models to evaluate")
+    return 0
+
+
+def _value(run: Run, key: str) -> Any:
+    if key in ("model", "dataset", "method"):
+        return getattr(run, f"{key}_name")
+    if key.startswith("method."):
+        return getattr(run.method, key.removeprefix("method."), None)
+    return getattr(run.factors, key)
+
+
+# --- explain and diff -------------------------------------------------------------------------------------
+
+
+def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tunemap explain`."""
+    parser.add_argument("run", help="id of the run, as `tunemap plan` prints it")
+    _study_argument(parser, option=True)
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    """Print every factor of a run with the place that its value came from."""
+    plan = load_plan(arguments.study)
+    run = _run_of(plan, arguments.run)
+    origins = plan.provenance[run.id]
+    table = Table(title=run.id, title_justify="left")
+    for column in ("factor", "value", "from"):
+        table.add_column(column, overflow="fold")
+    for choice in ("model", "dataset", "method"):
+        table.add_row(choice, getattr(run, f"{choice}_name"), origins.get(choice, ""))
+        for key, value in getattr(run, choice).model_dump().items():
+            if key != "factors":
+                table.add_row(f"  {choice}.{key}", str(value), origins.get(f"{choice}.{key}", f"{choice}s"))
+    for key, value in run.factors.model_dump().items():
+        table.add_row(key, str(value), origins.get(key, "built-in default"))
+    _console().print(table)
+    return 0
+
+
+def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tunemap diff`."""
+    parser.add_argument("first", metavar="RUN", help="id of a run, or an outcome.json")
+    parser.add_argument("second", metavar="RUN", help="id of another run, or an outcome.json")
+    _study_argument(parser, option=True)
+
+
+def run_diff(arguments: argparse.Namespace) -> int:
+    """Print the factors in which two runs differ."""
+    first, second = (_run_or_file(arguments, name) for name in (arguments.first, arguments.second))
+    differences = differing_factors(first, second)
+    if not differences:
+        print("the runs are the same")
+        return 0
+    table = Table()
+    for column in ("factor", arguments.first, arguments.second):
+        table.add_column(column, overflow="fold")
+    for key, (left, right) in differences.items():
+        table.add_row(key, str(left), str(right))
+    _console().print(table)
+    return 0
+
+
+def _run_or_file(arguments: argparse.Namespace, name: str) -> Run:
+    path = Path(name)
+    if path.suffix == ".json":
+        return Run.from_json(canonical_json(read_json(path)["spec"]))
+    return _run_of(load_plan(arguments.study), name)
+
+
+# --- retry and gc -----------------------------------------------------------------------------------------
+
+
+def add_retry_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tunemap retry`."""
+    _study_argument(parser, option=False)
+    parser.add_argument("--outcome", choices=RETRIED, action="append", help="only these outcomes (default: error)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
+
+
+def run_retry(arguments: argparse.Namespace) -> int:
+    """Remove the results of failed runs: a failure is a result, and is repeated only when somebody says so."""
+    plan, wanted = load_plan(arguments.study), arguments.outcome or ["error"]
+    folder = arguments.results / plan.study.study
+    forgotten = []
+    for name in plan.runs:
+        outcome = folder / "runs" / name / "outcome.json"
+        evaluation = folder / "evaluations" / name / "evaluation.json"
+        if outcome.exists() and read_json(outcome)["outcome"] in wanted:
+            shutil.rmtree(outcome.parent)
+            shutil.rmtree(evaluation.parent, ignore_errors=True)
+            forgotten.append(name)
+        elif "error" in wanted and evaluation.exists() and read_json(evaluation)["outcome"] == "error":
+            shutil.rmtree(evaluation.parent)
+            forgotten.append(f"{name} (evaluation)")
+    for name in forgotten:
+        print(f"will be repeated: {name}")
+    print(f"{len(forgotten)} of {len(plan.runs)} runs will be repeated by the next start")
+    return 0
+
+
+def add_gc_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tunemap gc`."""
+    _study_argument(parser, option=False)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
+    parser.add_argument("--remove", action="store_true", help="remove them; without this they are only listed")
+
+
+def run_gc(arguments: argparse.Namespace) -> int:
+    """List or remove folders of runs that the study does not plan any more."""
+    plan = load_plan(arguments.study)
+    folder = arguments.results / plan.study.study
+    stale = [
+        path
+        for kind in ("runs", "evaluations", "unfinished")
+        for path in sorted((folder / kind).glob("*"))
+        if path.is_dir() and path.name not in plan.runs
+    ]
+    for path in stale:
+        print(path)
+        if arguments.remove:
+            shutil.rmtree(path)
+    print(f"{len(stale)} folders {'removed' if arguments.remove else 'belong to no run of the study'}")
+    return 0

@@ -1,0 +1,135 @@
+"""A copy of the checkout with a study of seconds, run once by real Snakemake; tests look at it or at copies of it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tunemap import corpora
+
+LEFT_BEHIND = shutil.ignore_patterns(
+    ".git", ".venv", "results", "logs", ".snakemake", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
+)
+ARCHITECTURE = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+STUDY = {
+    "study": "small",
+    "data_root": "data",
+    "models": {"small": {"source": "random", "config": "qwen2", "tokenizer": "tokenizer"}},
+    "datasets": {"arithmetic": {"task": "arithmetic", "source": "made", "train_rows": 64, "test_rows": 8}},
+    "methods": {"full": {"kind": "full"}, "lora": {"kind": "lora", "rank": 2}},
+    "defaults": {
+        "model": "small",
+        "dataset": "arithmetic",
+        "max_length": 128,
+        "max_steps": 6,
+        "epochs": None,
+        "measurement_warmup_steps": 1,
+        "max_new_tokens": 64,
+    },
+    "experiments": [
+        {"name": "methods", "question": "Which method?", "vary": {"method": ["full"]}},
+        {"name": "rank", "question": "Which rank?", "fixed": {"method": "lora"}, "vary": {"method.rank": [2]}},
+    ],
+}
+FULL, LORA = "small.arithmetic.full.seed-0", "small.arithmetic.lora.seed-0"
+BASE = "small.arithmetic.base"
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A working copy in which Snakemake is run as a user runs it."""
+
+    root: Path
+
+    @property
+    def study_file(self) -> Path:
+        return self.root / "study.yaml"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results" / "small"
+
+    def study(self) -> dict:
+        return yaml.safe_load(self.study_file.read_text())
+
+    def write_study(self, study: dict) -> None:
+        self.study_file.write_text(yaml.safe_dump(study, sort_keys=False))
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("TUNEMAP_")}
+        return inherited | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | extra
+
+    def command(self, *arguments: str) -> list[str]:
+        profile = ["--profile", "profiles/local", "--configfile", self.study_file.name]
+        return [sys.executable, "-m", "snakemake", *arguments, *profile]
+
+    def snakemake(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments), cwd=self.root, env=self.environment(**extra), capture_output=True, text=True
+        )
+
+    def planned(self) -> set[str]:
+        """Jobs that a dry run plans, as `rule` or `rule run-id`, without the final target."""
+        done = self.snakemake("--dry-run")
+        assert done.returncode == 0, done.stdout + done.stderr
+        text = done.stdout + done.stderr
+        jobs = re.split(r"^(?:local)?rule ", text, flags=re.MULTILINE)[1:]
+        planned = set()
+        for job in jobs:
+            run = re.search(r"wildcards:.*?run=([^,\s]+)", job)
+            planned.add(job.split(":")[0] + (f" {run[1]}" if run else ""))
+        return planned - {"all"}
+
+    def outcome(self, run: str) -> dict:
+        return json.loads((self.results / "runs" / run / "outcome.json").read_text())
+
+
+def make_checkout(repository: Path, root: Path, study: dict = STUDY) -> Checkout:
+    """A fresh copy of the checkout at `root`, with the study and the data it names."""
+    shutil.copytree(repository, root, ignore=LEFT_BEHIND, symlinks=True)
+    (root / "data" / "qwen2").mkdir(parents=True)
+    (root / "data" / "qwen2" / "config.json").write_text(json.dumps(ARCHITECTURE))
+    corpora.build_arithmetic_tokenizer().save_pretrained(root / "data" / "tokenizer")
+    checkout = Checkout(root)
+    checkout.write_study(study)
+    return checkout
+
+
+@pytest.fixture(scope="session")
+def modules_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("modules")
+
+
+@pytest.fixture(scope="session")
+def finished(repository, tmp_path_factory, modules_folder) -> Checkout:
+    """The study after a complete run; do not change it."""
+    checkout = make_checkout(repository, tmp_path_factory.mktemp("finished") / "checkout")
+    recorder = repository / "tests" / "workflow" / "record_modules"
+    done = checkout.snakemake(PYTHONPATH=str(recorder), TUNEMAP_RECORD_MODULES=str(modules_folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return checkout
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Checkout:
+    """A copy of the finished study, metadata and times included, to edit."""
+    shutil.copytree(finished.root, tmp_path / "checkout", symlinks=True)
+    return Checkout(tmp_path / "checkout")

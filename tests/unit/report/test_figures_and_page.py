@@ -170,7 +170,7 @@ def test_page_shows_failures_gates_and_caveats(html):
     for text in (
         "out of memory",
         "asked for 96 MiB, 12 MiB free",
-        "step 7",
+        "train, step 7<",
         "labels: 3 % of answers cut",
         "brings along",
     ):

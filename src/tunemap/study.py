@@ -175,8 +175,8 @@ def _wrong_names(study: Study) -> list[str]:
     if baseline is not None and baseline not in study.methods:
         problems.append(f"report.baseline_method: unknown method '{baseline}'; declared: {', '.join(study.methods)}")
     names = [experiment.name for experiment in study.experiments]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"experiments: the name '{name}' is used {names.count(name)} times; names are unique")
+    for repeated in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"experiments: the name '{repeated}' is used {names.count(repeated)} times; names are unique")
     return list(dict.fromkeys(problems))
 
 

@@ -68,7 +68,8 @@ class GoraSettings:
     reference_rank: rank of the LoRA whose parameter count is the budget.
     alpha:          LoRA alpha; scaling is alpha / sqrt(own rank), or alpha / reference_rank without `rank_stabilised`.
     min_rank, max_rank: bounds of a module's rank; min(in, out) bounds it in any case; None means no other bound.
-    gamma:          norm of the first step relative to the gradient's, used by `compress` only.
+    gamma:          norm of the first step relative to the gradient's, used by `compress` only (the paper: 0.05, and
+                    0.08 for MetaMathQA to GSM8K).
     learning_rate_ratio: LoRA+ ratio of B's learning rate to A's; 1 is plain.
     seed:           of every module's A and of the random numbers drawn while gradients are estimated.
     """
@@ -413,7 +414,8 @@ def plan(
 ) -> GoraPlan:
     """Estimate gradients of the bare `model` and turn them into ranks; the model is left exactly as it was.
 
-    `batches` are keyword arguments of the loss function, on the model's device; all of them are used. The loss must be
+    `batches` are keyword arguments of the loss function, on the model's device; all of them are used (the paper takes
+    64, the released scripts 32 a process). The loss must be
     a mean per label token and not divided by gradient accumulation: B is proportional to its gradient. `targets` are
     module names or their endings (None or "all-linear": every linear layer of the backbone). Every process of a group
     calls this with its own batches and the unwrapped, unsharded model; all of them return the same plan.
@@ -664,7 +666,8 @@ def lora_config(made: GoraPlan, *, task_type: str | None = None, **parameters: A
     alphas = {} if settings.rank_stabilised else {k: settings.alpha * r / reference for k, r in changed.items()}
     return LoraConfig(
         r=reference,
-        lora_alpha=settings.alpha,
+        # Readers of adapter_config.json expect the integer that LoRA's alpha nearly always is.
+        lora_alpha=int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha,
         use_rslora=settings.rank_stabilised,
         rank_pattern=changed,
         alpha_pattern=alphas,

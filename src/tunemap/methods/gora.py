@@ -415,10 +415,10 @@ def plan(
     """Estimate gradients of the bare `model` and turn them into ranks; the model is left exactly as it was.
 
     `batches` are keyword arguments of the loss function, on the model's device; all of them are used (the paper takes
-    64, the released scripts 32 a process). The loss must be
-    a mean per label token and not divided by gradient accumulation: B is proportional to its gradient. `targets` are
-    module names or their endings (None or "all-linear": every linear layer of the backbone). Every process of a group
-    calls this with its own batches and the unwrapped, unsharded model; all of them return the same plan.
+    64, the released scripts 32 a process). The loss must be a mean per label token and not divided by gradient
+    accumulation: B is proportional to its gradient. `targets` are module names or their endings (None or "all-linear":
+    every linear layer of the backbone). Every process of a group calls this with its own batches and the unwrapped,
+    unsharded model; all of them return the same plan.
     The gradient buffers take 4 bytes per target weight on `buffer_device`; besides them at most one layer's gradient
     exists at a time. `tracker` measures peak memory; without it CUDA's own counter does (and is reset), on CPU nothing.
     """

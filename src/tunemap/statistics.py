@@ -211,11 +211,16 @@ def pareto_front(objectives: ArrayLike) -> NDArray[np.bool_]:
     A point is beaten by one that is at least as good in every objective and better in one.
     """
     array = np.asarray(objectives, dtype=float)
+    columns = [np.ascontiguousarray(array[..., index]) for index in range(array.shape[-1])]
     on_front = np.ones(array.shape[:-1], dtype=bool)
     for point in range(array.shape[-2]):
-        this = array[..., point : point + 1, :]
-        beaten = (array >= this).all(axis=-1) & (array > this).any(axis=-1)
-        on_front[..., point] = ~beaten.any(axis=-1)
+        no_worse = np.ones(array.shape[:-1], dtype=bool)
+        better = np.zeros(array.shape[:-1], dtype=bool)
+        for column in columns:  # objective by objective: reducing a last axis of three is five times slower
+            this = column[..., point : point + 1]
+            no_worse &= column >= this
+            better |= column > this
+        on_front[..., point] = ~(no_worse & better).any(axis=-1)
     return on_front
 
 

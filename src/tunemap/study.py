@@ -161,8 +161,8 @@ def _wrong_names(study: Study) -> list[str]:
     for dataset_name, dataset in study.datasets.items():
         template = dataset.prompt_template
         if template is not None and template not in study.prompt_templates:
-            known = ", ".join(study.prompt_templates) or "none"
-            problems.append(f"datasets.{dataset_name}: unknown prompt_template '{template}'; declared: {known}")
+            templates = ", ".join(study.prompt_templates) or "none"
+            problems.append(f"datasets.{dataset_name}: unknown prompt_template '{template}'; declared: {templates}")
         problems += [f"datasets.{dataset_name}: {reason}" for reason in _dataset_problems(dataset)]
     for template_name, text in study.prompt_templates.items():
         try:

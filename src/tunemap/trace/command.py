@@ -219,8 +219,8 @@ def write_tables(folder: Path, tables: dict[str, dict[str, list[Any]]], form: st
 
 def _write_table(path: Path, table: dict[str, list[Any]], form: str) -> None:
     if form == "parquet":
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow
+        import pyarrow.parquet
 
         columns = {key: [str(v) for v in values] if key == "device" else values for key, values in table.items()}
         pyarrow.parquet.write_table(pyarrow.table(columns), path)

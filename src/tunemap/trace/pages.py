@@ -77,7 +77,7 @@ class _Table:
     def _load(self, pages: Array) -> tuple[Array, int]:
         """The pages behind each other, after `_PAD` bytes that make room for the 8 bytes before a value."""
         buffer = np.zeros(_PAD + len(pages) * self.page_bytes, np.uint8)
-        view = memoryview(buffer)[_PAD:]
+        view = buffer[_PAD:].data
         runs = np.flatnonzero(np.diff(pages) != 1) + 1
         for first, last in zip([0, *runs.tolist()], [*runs.tolist(), len(pages)], strict=True):
             target = view[first * self.page_bytes : last * self.page_bytes]

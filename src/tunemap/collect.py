@@ -399,8 +399,9 @@ def _frame(rows: list[dict[str, Any]], columns: tuple[str, ...] = ()) -> pd.Data
 
 
 def write_tables(plan_path: Path, results_dir: Path) -> None:
-    """Collect a study and write `tables/*.csv`, and the two main tables as LaTeX."""
+    """Collect a study and write `tables/*.csv`, the two main tables as LaTeX, and the plan that they follow."""
     collected = collect(plan_path, results_dir)
+    write_atomic(results_dir / "plan.json", plan_path.read_text(encoding="utf-8"))
     folder = results_dir / "tables"
     for field in fields(Tables):
         frame = getattr(collected, field.name)

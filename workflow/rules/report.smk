@@ -26,6 +26,11 @@ rule tables:
         ),
         experiments="results/{study}/tables/experiments.csv",
         gates="results/{study}/tables/gates.csv",
+        losses="results/{study}/tables/losses.csv",
+        environment="results/{study}/tables/environment.csv",
+        points_latex="results/{study}/tables/points.tex",
+        comparisons_latex="results/{study}/tables/comparisons.tex",
+        plan="results/{study}/plan.json",
     log:
         "logs/{study}/tables.log",
     conda:

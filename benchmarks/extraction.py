@@ -34,10 +34,12 @@ read = time.perf_counter()
 facts = compute_facts(trace)
 end = time.perf_counter()
 usage = resource.getrusage(resource.RUSAGE_SELF)
+# not ru_maxrss: a child inherits that of the process that started it
+peak_kb = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 print(json.dumps({
     "kernels": len(trace.kernels), "calls": len(trace.calls), "copies": len(trace.copies),
     "read_s": read - begin, "facts_s": end - read, "total_s": end - begin,
-    "processor_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024,
+    "processor_s": usage.ru_utime + usage.ru_stime, "peak_mb": peak_kb / 1024,
     "devices": facts.summary["devices"],
 }))
 """

@@ -76,6 +76,8 @@ class Rows:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all parts; a single part that has any is returned as it is."""
+        parts = [part for part in parts if len(part)] or list(parts[:1])
         if len(parts) == 1:
             return parts[0]
         names = [f.name for f in dataclasses.fields(cls)]

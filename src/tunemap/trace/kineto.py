@@ -84,13 +84,17 @@ def read_kineto(path: Path, keep_range: Callable[[str], bool]) -> Trace:
                     reader.add(value)
                 else:
                     reader.header[key] = value
+        return reader.trace()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: truncated or damaged gzip file ({error})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: truncated or damaged JSON ({error.msg}); write the trace again") from error
+    except RecursionError:
+        raise UserError(f"{path}: damaged JSON (nested too deeply)") from None
+    except KeyError as error:
+        raise UserError(f"{path}: an event of this trace has no field {error}") from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: an event of this trace has a field of the wrong type ({error})") from error
-    return reader.trace()
 
 
 def _open(path: Path) -> IO[str]:
@@ -189,9 +193,11 @@ def nanoseconds(microseconds: int | str) -> int:
     """
     if isinstance(microseconds, int):
         return microseconds * 1000
-    whole, point, fraction = microseconds.partition(".")
-    if point and len(fraction) == 3 and fraction.isdigit() and whole.isdigit():
-        return int(whole) * 1000 + int(fraction)
+    try:
+        if microseconds[-4:-3] == ".":  # three decimals, as torch.profiler writes them
+            return int(microseconds[:-4] + microseconds[-3:])
+    except ValueError:
+        pass
     try:
         return int((Decimal(microseconds) * 1000).to_integral_value(rounding="ROUND_HALF_UP"))
     except InvalidOperation:

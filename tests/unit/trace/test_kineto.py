@@ -128,6 +128,9 @@ def bad_files():
     yield "brackets.json", b'{"traceEvents": [}', "truncated or damaged JSON"
     yield "type.json", b'{"traceEvents": [{"ph": "X", "cat": 7, "name": "k"}]}', "field of the wrong type"
     yield "list.json", b'{"traceEvents": [[1, 2]]}', "field of the wrong type"
+    yield "name.json", b'{"traceEvents": [{"ph": "X", "cat": "kernel", "ts": 1, "dur": 1}]}', "has no field 'name'"
+    yield "deep.json", b'{"traceEvents": [' + b"[" * 100_000, "damaged JSON"
+    yield "rank.json", b'{"distributedInfo": [3], "traceEvents": []}', "field of the wrong type"
     time = json.dumps({"traceEvents": [event("kernel", "k", "soon", 1, device=0, stream=7)]})
     yield "time.json", time.encode(), "'soon' is not a time"
 

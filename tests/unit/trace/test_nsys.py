@@ -77,6 +77,12 @@ def test_a_read_only_file_in_a_read_only_folder(export):
         export.parent.chmod(0o755)
 
 
+def test_a_path_with_characters_of_uris(export):
+    odd = export.with_name("50% of #1? a b.sqlite")
+    export.rename(odd)
+    assert len(read_nsys(odd, KEEP).kernels)
+
+
 def test_a_write_ahead_log_database_leaves_no_files_behind(export):
     change(export, "PRAGMA journal_mode = WAL")
     assert not export.with_name("report.sqlite-wal").exists()

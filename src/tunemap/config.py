@@ -19,9 +19,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A part of a study file: unknown keys are errors, values are not coerced, instances are hashable."""
+    """A part of a study file: unknown keys are errors, values are not coerced, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # --- models -----------------------------------------------------------------------------------------------
@@ -52,6 +52,9 @@ class RandomModel(Section):
         default_factory=dict, description="Keys of config.json to change, such as num_hidden_layers: 2."
     )
     seed: NonNegativeInt = Field(0, description="Seed of the weights.")
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
 
 class TinyModel(Section):
@@ -128,7 +131,7 @@ class LoraMethod(Method):
     rank: PositiveInt = Field(8, description="Rank r of the adapters.")
     alpha: PositiveFloat | None = Field(None, description="Scale alpha; null: 2 × rank.")
     dropout: Share = Field(0.0, description="Dropout in front of the adapters.")
-    target_modules: str | Annotated[tuple[str, ...], Field(strict=False)] = Field(
+    target_modules: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="`all-linear`, or a list of module names such as [q_proj, v_proj]."
     )
     adapter_dtype: Dtype = Field("float32", description="Dtype in which adapter weights are kept.")
@@ -292,6 +295,11 @@ class Experiment(Section):
     fixed: Fixed = Field(default_factory=lambda: Fixed(), description="Factors equal in all its runs.")
     vary: Vary = Field(default_factory=lambda: Vary(), description="Factors with lists of values; full grid.")
     seeds: list[NonNegativeInt] = Field([0], min_length=1, description="Each point is repeated with each seed.")
+    profile: Literal["none", "torch"] = Field(
+        "none",
+        description="`torch`: repeat the first seed of each point for a few steps under torch.profiler. Timings never "
+        "come from there.",
+    )
     exclude: list[Match] = Field(
         default_factory=list, description="Points to leave out: factor: value, or factor: [values]."
     )

@@ -17,5 +17,5 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     """Message for a key that does not exist, with the nearest known one and all allowed ones."""
     known = list(known)
     meant = nearest(key, known)
-    hint = f"; did you mean '{meant}'?" if meant else ""
+    hint = f"; did you mean '{meant}'?" if meant else "."
     return f"unknown key '{key}'{hint} Allowed: {', '.join(known)}"

@@ -60,6 +60,11 @@ class FrozenPlan:
         keys = ("model_key", "dataset_key", "tokens_key")
         return {key: {getattr(run, key): run for run in self.runs.values()} for key in keys}
 
+    @property
+    def captures(self) -> list[str]:
+        """Runs that are repeated under a profiler, each once however many experiments ask for it."""
+        return list(dict.fromkeys(run for experiment in self.values["experiments"] for run in experiment["captures"]))
+
     def training_spec(self, run: str) -> str:
         """Canonical JSON of what training of a run depends on."""
         return canonical_json(self.runs[run].training_spec())

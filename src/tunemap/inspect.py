@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -25,8 +26,9 @@ RETRIED = ("error", "timeout", "oom", "invalid", "unsupported")
 
 def _console() -> Console:
     """A terminal's own width; wide where the output goes to a file or a pipe, so that ids stay whole."""
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # a question may hold [brackets]
+    console = Console(soft_wrap=True, **plain)
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS, **plain)
 
 
 def _study_argument(parser: argparse.ArgumentParser, *, option: bool) -> None:
@@ -42,7 +44,7 @@ def _run_of(plan: Plan, name: str) -> Run:
     if name in plan.runs:
         return plan.runs[name]
     meant = nearest(name, plan.runs)
-    hint = f"; did you mean {meant}?" if meant else ""
+    hint = f"; did you mean {meant}?" if meant else "."
     raise UserError(f"no run '{name}' in study {plan.study.study}{hint} `tunemap plan` lists them")
 
 
@@ -140,7 +142,10 @@ def run_diff(arguments: argparse.Namespace) -> int:
 def _run_or_file(arguments: argparse.Namespace, name: str) -> Run:
     path = Path(name)
     if path.suffix == ".json":
-        return Run.from_json(canonical_json(read_json(path)["spec"]))
+        try:
+            return Run.from_json(canonical_json(read_json(path)["spec"]))
+        except (KeyError, TypeError, ValidationError):
+            raise UserError(f"{path}: no outcome of a run of this version of tunemap") from None
     return _run_of(load_plan(arguments.study), name)
 
 
@@ -162,17 +167,27 @@ def run_retry(arguments: argparse.Namespace) -> int:
     for name in plan.runs:
         outcome = folder / "runs" / name / "outcome.json"
         evaluation = folder / "evaluations" / name / "evaluation.json"
-        if outcome.exists() and read_json(outcome)["outcome"] in wanted:
+        if _outcome(outcome) in wanted:
             shutil.rmtree(outcome.parent)
             shutil.rmtree(evaluation.parent, ignore_errors=True)
             forgotten.append(name)
-        elif "error" in wanted and evaluation.exists() and read_json(evaluation)["outcome"] == "error":
+        elif "error" in wanted and _outcome(evaluation) == "error":
             shutil.rmtree(evaluation.parent)
             forgotten.append(f"{name} (evaluation)")
     for name in forgotten:
         print(f"will be repeated: {name}")
     print(f"{len(forgotten)} of {len(plan.runs)} runs will be repeated by the next start")
     return 0
+
+
+def _outcome(path: Path) -> str | None:
+    """How a training or an evaluation ended; None where it has not."""
+    if not path.exists():
+        return None
+    result = read_json(path)
+    if not isinstance(result, dict) or "outcome" not in result:
+        raise UserError(f"{path}: has no key 'outcome'; delete the file and run the workflow again")
+    return str(result["outcome"])
 
 
 def add_gc_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +205,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
         path
         for kind in ("runs", "evaluations", "unfinished")
         for path in sorted((folder / kind).glob("*"))
-        if path.is_dir() and path.name not in plan.runs
+        if path.is_dir() and not path.is_symlink() and path.name not in plan.runs
     ]
     for path in stale:
         print(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -70,7 +69,7 @@ class Run(Section):
         """Whether this is the row without fine-tuning."""
         return isinstance(self.method, BaseMethod)
 
-    @cached_property
+    @property  # not cached: a changed copy would carry the values of its original
     def _all(self) -> dict[str, Any]:
         values = self.model_dump(mode="json")
         del values["method"]["factors"]  # already part of `factors`
@@ -131,7 +130,11 @@ _GATE_KEYS = ("accept_truncation",)
 
 
 def _without_names(spec: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in spec.items() if key not in ("id", "model_name", "dataset_name", "method_name")}
+    names = ("id", "model_name", "dataset_name", "method_name")
+    dataset = {
+        key: value for key, value in spec["dataset"].items() if key != "prompt_template"
+    }  # its text is beside it
+    return {key: value for key, value in spec.items() if key not in names} | {"dataset": dataset}
 
 
 def differing_factors(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:

@@ -7,11 +7,13 @@ does not. Found by reading import statements, without importing anything.
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
 PACKAGE = "tunemap"
 PACKAGE_ROOT = Path(__file__).resolve().parent
+MODULE_NAME = re.compile(rf"{PACKAGE}(\.\w+)+")
 DATA_SUFFIXES = (".yaml", ".j2", ".css", ".js", ".mplstyle", ".txt")
 
 
@@ -52,7 +54,7 @@ def _imports(file: Path, module: str | None) -> tuple[str, ...]:
                 parents = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parents, *([base] if base else [])])
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(f"{PACKAGE}."):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE_NAME.fullmatch(node.value):
             names.append(node.value)  # a module that is started by name: python -m tunemap.training.worker
     inside = [name for name in names if name == PACKAGE or name.startswith(f"{PACKAGE}.")]
     return tuple(dict.fromkeys(part for name in inside for part in _with_parents(name)))

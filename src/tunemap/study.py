@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from tunemap.config import (
     Factors,
     LoraMethod,
     Method,
-    QloraMethod,
     Study,
     TinyModel,
     given,
@@ -29,6 +28,7 @@ from tunemap.errors import UserError, unknown_key
 from tunemap.run import TASK_KINDS, Run
 
 MADE_TASKS = ("arithmetic", "sst2")  # tasks whose data can be made here
+SHARED_FOLDER = "shared"  # results/shared holds models, datasets and tokens
 LONGEST_ID = 200  # file names end at 255 bytes; suffixes and temporary names need the rest
 
 
@@ -41,6 +41,7 @@ class PlannedExperiment:
     vary: tuple[str, ...]
     runs: tuple[str, ...]
     base_runs: tuple[str, ...]
+    captures: tuple[str, ...]  # runs that are repeated under a profiler
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Plan:
                     "vary": list(experiment.vary),
                     "runs": list(experiment.runs),
                     "base_runs": list(experiment.base_runs),
+                    "captures": list(experiment.captures),
                 }
                 for experiment in self.experiments
             ],
@@ -105,13 +107,12 @@ def plan_study(study: Study) -> tuple[Plan, list[str]]:
         base: list[Run] = []
         for run, origin in planned:
             if runs.setdefault(run.id, run) != run:
-                problems.append(
-                    f"experiment {experiment.name}: two different runs would be called {run.id}; rename one"
-                )
+                problems.append(_same_id(experiment, run))
             provenance.setdefault(run.id, origin)
             base.append(_base_run(study, run))
         for run in base:
-            runs.setdefault(run.id, run)
+            if runs.setdefault(run.id, run) != run:
+                problems.append(_same_id(experiment, run))
             provenance.setdefault(run.id, {"method": "added: the row without fine-tuning"})
         experiments.append(
             PlannedExperiment(
@@ -120,9 +121,21 @@ def plan_study(study: Study) -> tuple[Plan, list[str]]:
                 vary=tuple(given(experiment.vary)),
                 runs=tuple(dict.fromkeys(run.id for run, _ in planned)),
                 base_runs=tuple(dict.fromkeys(run.id for run in base)),
+                captures=tuple(
+                    dict.fromkeys(run.id for run, _ in planned if run.factors.seed == experiment.seeds[0])
+                    if experiment.profile != "none"
+                    else ()
+                ),
             )
         )
     return Plan(study, tuple(experiments), runs, provenance), problems
+
+
+def _same_id(experiment: Experiment, run: Run) -> str:
+    return (
+        f"experiment {experiment.name}: two different runs would be called {run.id}; "
+        "rename the model, dataset or method of one"
+    )
 
 
 def _named(study: Study, experiment: Experiment) -> Iterator[tuple[str, str, str]]:
@@ -152,6 +165,8 @@ def _names_exist(study: Study, experiment: Experiment) -> bool:
 def _wrong_names(study: Study) -> list[str]:
     """Names that are used and not declared, or declared twice, or reserved."""
     problems = []
+    if study.study == SHARED_FOLDER:
+        problems.append(f"study: the name '{SHARED_FOLDER}' is reserved for what studies share; choose another")
     for experiment in study.experiments:
         for place, choice, name in _named(study, experiment):
             known = _declared(study, choice)
@@ -233,7 +248,7 @@ def _expand(study: Study, experiment: Experiment) -> tuple[list[tuple[Run, dict[
     planned = []
     for point in kept:
         run = _build(study, point)
-        reasons = reasons_against(run, point.values)
+        reasons = reasons_against(run)
         problems += [f"{where}: {_varied(point, experiment)}: {reason}" for reason in reasons]
         planned.append((run, point.provenance))
     return planned, list(dict.fromkeys(problems))
@@ -247,6 +262,7 @@ def _points(study: Study, experiment: Experiment) -> Iterator[Point]:
         method = study.methods.get(method_name) if isinstance(method_name, str) else None
         layers = [
             ("built-in default", Factors().model_dump()),
+            ("methods", _parameters(method) if method else {}),
             ("defaults", defaults),
             (f"method {method_name}", given(method.factors) if method else {}),
             ("fixed", fixed),
@@ -259,10 +275,16 @@ def _points(study: Study, experiment: Experiment) -> Iterator[Point]:
                 values |= layer
                 provenance |= dict.fromkeys(layer, origin)
             if method is not None:  # a parameter that the method does not have is no factor of this point
-                known = {f"method.{name}" for name in type(method).model_fields}
+                known = _parameters(method)
                 for key in [key for key in values if key.startswith("method.") and key not in known]:
                     del values[key], provenance[key]
             yield Point(values, provenance)
+
+
+def _parameters(method: Method) -> dict[str, Any]:
+    """The parameters of a method by the names that experiments have for them."""
+    own = [name for name in type(method).model_fields if name not in ("kind", "factors")]
+    return {f"method.{name}": getattr(method, name) for name in own}
 
 
 def _matches(point: Point, match: dict[str, Any]) -> bool:
@@ -317,10 +339,14 @@ def _run_id(study: Study, run: Run, definition: Method) -> str:
     for name, value in run.factors.model_dump().items():
         if name != "seed" and value != usual[name]:
             parts.append(f"{name}-{_readable(value)}")
-    readable = ".".join([*parts, f"seed-{run.factors.seed}"])
-    if len(readable) > LONGEST_ID:
-        readable = f"{readable[: LONGEST_ID - 17]}-{run.evaluation_digest}"
-    return readable
+    return _as_id([*parts, f"seed-{run.factors.seed}"], run)
+
+
+def _as_id(parts: list[str], run: Run) -> str:
+    """The parts joined; with a digest where they are too long or hold signs that no file name should."""
+    readable = ".".join(parts)
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", readable)
+    return readable if plain == readable[:LONGEST_ID] else f"{plain[: LONGEST_ID - 17]}-{run.evaluation_digest}"
 
 
 def _readable(value: Any) -> str:
@@ -342,10 +368,11 @@ def _base_run(study: Study, run: Run) -> Run:
         for name in Factors.model_fields
         if name in kept and getattr(factors, name) != usual[name]
     ]
-    return base.model_copy(update={"id": ".".join([run.model_name, run.dataset_name, BASE_METHOD, *differing])})
+    parts = [run.model_name, run.dataset_name, BASE_METHOD, *differing]
+    return base.model_copy(update={"id": _as_id(parts, base)})
 
 
-def reasons_against(run: Run, values: dict[str, Any]) -> list[str]:
+def reasons_against(run: Run) -> list[str]:
     """Why a combination cannot run or would not mean what it says; empty where nothing stands against it."""
     factors, reasons = run.factors, []
     if factors.strategy == "single" and factors.gpus != 1:
@@ -369,10 +396,8 @@ def reasons_against(run: Run, values: dict[str, Any]) -> list[str]:
         wanted = "classification" if run.model.architecture == "distilbert" else "generation"
         if run.task_kind != wanted:
             reasons.append(f"the tiny {run.model.architecture} is made for {wanted}, {run.dataset.task} is not")
-    if isinstance(run.method, QloraMethod) and factors.precision == "fp16" and run.method.adapter_dtype == "float16":
+    if isinstance(run.method, LoraMethod) and factors.precision == "fp16" and run.method.adapter_dtype == "float16":
         reasons.append("the gradient scaler of fp16 needs adapter_dtype float32")
     if isinstance(run.method, LoraMethod) and factors.precision == "fp32" and run.method.adapter_dtype != "float32":
         reasons.append(f"precision fp32 with adapter_dtype {run.method.adapter_dtype} is not fp32")
-    if not math.isfinite(factors.learning_rate):
-        reasons.append("learning_rate is not a finite number")
     return reasons

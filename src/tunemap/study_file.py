@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tunemap.config import Study
+from tunemap.config import RandomModel, Study
 from tunemap.data.locate import source_files
 from tunemap.errors import UserError, nearest, unknown_key
 from tunemap.models.locate import model_files
@@ -22,6 +24,11 @@ from tunemap.paths import expanded
 from tunemap.study import Plan, plan_study
 
 Location = tuple[str | int, ...]
+
+MERGE_TAG = "tag:yaml.org,2002:merge"
+MOST_VALUES = 100_000  # a study of 1,000 experiments has a fifth of it; aliases of aliases make billions
+DEEPEST = 40  # levels of nesting; a study has 6, an alias that contains itself has no end
+LONGEST_SHOWN = 80  # characters of a wrong value that a message repeats
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,23 @@ def load_plan(path: Path, *, data_root: str | None = None) -> Plan:
     plan = None
     if study is not None:
         plan, found = plan_study(study)
-        problems += found + _missing_files(study)
+        problems += found + _texts_for_numbers(study) + _missing_files(study)
     problems = list(dict.fromkeys(file.problems + problems))
     if problems or plan is None:
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         raise UserError("\n".join([f"{path}: {count}", *(f"  - {problem}" for problem in problems)]))
     return plan
+
+
+def _texts_for_numbers(study: Study) -> list[str]:
+    """Overrides of a config that YAML reads as text although a number is meant: their type is not known here."""
+    return [
+        f"models.{name}.overrides.{key}: {_text_for_number(value)}"
+        for name, model in study.models.items()
+        if isinstance(model, RandomModel)
+        for key, value in model.overrides.items()
+        if isinstance(value, str) and _is_number(value)
+    ]
 
 
 def _missing_files(study: Study) -> list[str]:
@@ -72,11 +90,15 @@ def _missing_files(study: Study) -> list[str]:
             model_files(model, root)
         except UserError as error:
             problems.append(f"models.{name}.{error}")
+        except (OSError, RuntimeError) as error:  # a name too long, a forbidden folder, an unknown ~user
+            problems.append(f"models.{name}: {error}")
     for name, dataset in study.datasets.items():
         try:
             source_files(dataset, root)
         except UserError as error:
             problems.append(f"datasets.{name}.{error}")
+        except (OSError, RuntimeError) as error:
+            problems.append(f"datasets.{name}: {error}")
     return problems
 
 
@@ -88,43 +110,95 @@ def read_yaml(path: Path) -> YamlFile:
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
+        if node is None:
+            raise UserError(f"{path}: the file is empty")
+        reader = _Reader(loader)
+        return YamlFile(reader.value(node, ()), reader.lines, reader.problems)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a study") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    file = YamlFile(None, {}, [])
-    if node is None:
-        raise UserError(f"{path}: the file is empty")
-    try:
-        return YamlFile(_construct(loader, node, (), file), file.lines, file.problems)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        text = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path}{where}: not valid YAML: {text}") from None
 
 
-def _construct(loader: yaml.SafeLoader, node: yaml.Node, location: Location, file: YamlFile) -> Any:
-    file.lines[location] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in sorted({key for key in written if key != "<<" and written.count(key) > 1}):
-            place = _place(location, file.lines)
-            file.problems.append(
-                f"{place}the key '{key}' occurs {written.count(key)} times; the last would win silently"
-            )
-        loader.flatten_mapping(node)
-        values = {}
+class _Reader:
+    """Builds the values of YAML nodes; keeps the line of each, and what is wrong although YAML allows it."""
+
+    def __init__(self, loader: yaml.SafeLoader) -> None:
+        self.lines: dict[Location, int] = {}
+        self.problems: list[str] = []
+        self._loader = loader
+        self._entries_of: dict[int, dict[str, tuple[yaml.Node, yaml.Node]]] = {}
+
+    def value(self, node: yaml.Node, location: Location) -> Any:
+        """The value of a node; raises MarkedYAMLError for what has none."""
+        self.lines[location] = node.start_mark.line + 1
+        if len(location) > DEEPEST:
+            raise _marked(node, f"nested more than {DEEPEST} levels deep")
+        if len(self.lines) > MOST_VALUES:
+            raise _marked(node, f"more than {MOST_VALUES} values, aliases counted as often as they are used")
+        if isinstance(node, yaml.MappingNode):
+            values = {}
+            for key, (key_node, value_node) in self._entries(node, location).items():
+                values[key] = self.value(value_node, (*location, key))
+                self.lines[*location, key] = key_node.start_mark.line + 1
+            return values
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*location, index)) for index, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _entries(self, node: yaml.MappingNode, location: Location) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """Key -> its node and its value's node; merged mappings (`<<`) are weaker than keys of the mapping itself."""
+        if id(node) in self._entries_of:
+            return self._entries_of[id(node)]
+        self._entries_of[id(node)] = {}  # for a mapping that merges itself
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        count: dict[str, int] = {}
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            try:
-                hash(key)
-            except TypeError:
-                raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be text") from None
-            values[key] = _construct(loader, value_node, (*location, key), file)
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, (*location, index), file) for index, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)
+            if key_node.tag == MERGE_TAG:
+                for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                    if not isinstance(source, yaml.MappingNode):
+                        raise _marked(source, "only a mapping can be merged with <<")
+                    merged = self._entries(source, location) | merged
+                continue
+            key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else key_node.value
+            if not isinstance(key, str):
+                text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                place = _place(location, self.lines) or f"line {key_node.start_mark.line + 1}: "
+                self.problems.append(f"{place}a key must be text, {text} is not; write it in quotes if it is a name")
+                continue
+            own[key] = (key_node, value_node)
+            count[key] = count.get(key, 0) + 1
+        for key in sorted(key for key, occurrences in count.items() if occurrences > 1):
+            self.problems.append(
+                f"{_place(location, self.lines)}the key '{key}' occurs {count[key]} times; the last would win silently"
+            )
+        self._entries_of[id(node)] = merged | own
+        return self._entries_of[id(node)]
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        """Text, number, truth value or null as YAML 1.1 reads it; pyyaml's many exceptions become one."""
+        try:
+            value = self._loader.construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise _marked(node, f"{_shown(node.value)} cannot be read as {kind}") from None
+        if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
+            raise _marked(node, f"{value!r} holds half a character")
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise _marked(node, f"{_shown(node.value)} is beyond 64 bits")
+        return value
+
+
+def _marked(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 # --- types ------------------------------------------------------------------------------------------------
@@ -154,7 +228,7 @@ def _without_broken_parts(values: dict[str, Any], details: list[ErrorDetails]) -
     left_out: set[str] = set()
     broken_experiments: set[int] = set()
     for detail in details:
-        section, *inside = _without_union_steps(detail["loc"])
+        section, *inside = _location(detail)
         if section == "experiments" and inside:
             broken_experiments.add(int(inside[0]))
         elif section in ("models", "datasets", "methods", "prompt_templates", "defaults") and inside:
@@ -171,7 +245,7 @@ def _most_telling(details: list[ErrorDetails]) -> list[ErrorDetails]:
     """One error per place: a value that fits no member of a union yields one error per member."""
     chosen: dict[Location, ErrorDetails] = {}
     for detail in details:
-        place = _without_union_steps(detail["loc"])
+        place = _location(detail)
         known = chosen.get(place)
         if known is None or known["type"] in ("none_required", "int_type"):
             chosen[place] = detail
@@ -179,7 +253,7 @@ def _most_telling(details: list[ErrorDetails]) -> list[ErrorDetails]:
 
 
 def _message(detail: ErrorDetails, file: YamlFile) -> str:
-    location = _without_union_steps(detail["loc"])
+    location = _location(detail)
     value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         section = _section_at(detail["loc"][:-1])
@@ -194,21 +268,45 @@ def _message(detail: ErrorDetails, file: YamlFile) -> str:
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         key = str(context["discriminator"]).strip("'")
         tags = ", ".join(_tags(detail["loc"], key))
-        given_value = f", not '{context['tag']}'" if "tag" in context else ""
+        given_value = f", not {_shown(value.get(key))}" if isinstance(value, dict) and key in value else ""
         return f"{place}'{key}' must be one of {tags}{given_value}"
     if kind == "literal_error":
         allowed = str(context["expected"]).replace("'", "")
         meant = nearest(str(value), [word.strip() for word in allowed.replace(" or ", ", ").split(",")])
-        return f"{place}{value!r} is not allowed{f'; did you mean {meant}?' if meant else '.'} Allowed: {allowed}"
+        return f"{place}{_shown(value)} is not allowed{f'; did you mean {meant}?' if meant else '.'} Allowed: {allowed}"
     if isinstance(value, str) and kind.startswith(("float", "int")) and _is_number(value):
-        return f"{place}{value!r} is text to YAML 1.1, not a number; write {_as_yaml_number(value)}"
-    if value is None:
-        return f"{place}the value is empty; {_lower(detail['msg'])}"
-    return f"{place}{value!r} is not allowed: {_lower(detail['msg'])}"
+        return f"{place}{_text_for_number(value)}"
+    return f"{place}{'the value is empty' if value is None else f'{_shown(value)} is not allowed'}: {_due(detail)}"
 
 
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:].replace("Input should", "it should")
+def _text_for_number(value: str) -> str:
+    return f"{value!r} is text to YAML 1.1, not a number; write {_as_yaml_number(value)}"
+
+
+def _due(detail: ErrorDetails) -> str:
+    """What the value should be, in the words of a study file."""
+    kind = detail["type"]
+    if kind.startswith(("model_", "dict_")):
+        return "it should be a mapping of keys to values"
+    if kind == "string_pattern_mismatch":
+        return "a name is made of letters, digits, '_', '.' and '-', and begins with a letter or digit"
+    return detail["msg"].replace("Input should", "it should")
+
+
+def _shown(value: Any) -> str:
+    """A wrong value as the file has it, cut where it is long."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = value.isoformat() if isinstance(value, datetime.date) else repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def _location(detail: ErrorDetails) -> Location:
+    """Where an error is in the file; of a name that is wrong itself, pydantic adds `[key]` to its place."""
+    location = detail["loc"]
+    if len(location) > 1 and location[-1] == "[key]" and detail["type"] != "extra_forbidden":
+        location = location[:-1]
+    return _without_union_steps(location)
 
 
 def _place(location: Location, lines: dict[Location, int], line_of: Location | None = None) -> str:
@@ -234,9 +332,8 @@ def _is_number(text: str) -> bool:
 
 def _as_yaml_number(text: str) -> str:
     """The number as YAML 1.1 reads it: an exponent needs a decimal point and a sign."""
-    number = float(text)
-    if number == int(number) and abs(number) < 1e15 and "e" not in text.lower() and "." not in text:
-        return text
+    if not math.isfinite(float(text)):
+        return "a finite number"
     mantissa, _, exponent = text.lower().partition("e")
     mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
     return f"{mantissa}e{int(exponent):+d}" if exponent else mantissa

@@ -330,6 +330,26 @@ def hfu(hardware_flops: float, seconds: float, peak_flops_per_s: float) -> float
     return hardware_flops / seconds / peak_flops_per_s
 
 
+def utilisation(
+    measurements: Mapping[str, Any], *, peak_flops_per_second: float | None, devices: int, against: str = "measured"
+) -> dict[str, float | None]:
+    """Columns of a run from its measured FLOPs and times, against one peak per device: `measured` or `datasheet`.
+
+    model_flops_per_second: model FLOPs of a step over its period (data wait included), all devices together.
+    mfu_{against}, hfu_{against}: model and hardware FLOPs over the peak of all devices. None where one is unknown.
+    """
+    model, hardware, period = (
+        measurements.get(name) for name in ("model_flops_per_step", "hardware_flops_per_step", "step_period_mean_s")
+    )
+    known = model is not None and hardware is not None and period
+    peak = peak_flops_per_second * devices if peak_flops_per_second is not None else None
+    return {
+        "model_flops_per_second": model / period if known else None,  # type: ignore[operator]
+        f"mfu_{against}": mfu(model, period, peak) if known and peak else None,  # type: ignore[arg-type]
+        f"hfu_{against}": hfu(hardware, period, peak) if known and peak else None,  # type: ignore[arg-type]
+    }
+
+
 def flop_counter() -> Any:
     """torch's FlopCounterMode with what it misses: SDPA on a CPU and the 4-bit product of bitsandbytes.
 

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: model, method, strategy, optimizer; and proof that they took effect."""
+"""Everything that a run needs before its first step: model, method, strategy, optimizer; and the gates on them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from tunemap.config import LoraMethod, QloraMethod
-from tunemap.distributed.strategies import transformer_blocks, wrap
+from tunemap.data.batches import Schedule
+from tunemap.distributed.strategies import transformer_blocks, unwrap, wrap
 from tunemap.distributed.world import World
+from tunemap.gates.result import GateResult
 from tunemap.methods.apply import apply_method
 from tunemap.methods.parameters import ParameterCounts, count_parameters
-from tunemap.models.loading import Quantization, assert_quantised, load_model
+from tunemap.models.loading import Quantization, load_model
 from tunemap.run import Run
+from tunemap.training.costs import Costs, closed_form
+from tunemap.training.effects import adapter_layers, expected_trainable, model_gates
 from tunemap.training.loop import TrainingState
 from tunemap.training.optimizer import build_optimizer
 from tunemap.training.precision import DTYPES, PRECISIONS, Precision
@@ -29,10 +33,13 @@ class Assembled:
     state: TrainingState
     precision: Precision
     parameters: ParameterCounts
+    blocks: list[nn.Module]
+    costs: Costs | None
+    gates: list[GateResult]
     facts: dict[str, Any]
 
 
-def assemble(run: Run, model_folder: Path, world: World, *, num_labels: int | None) -> Assembled:
+def assemble(run: Run, model_folder: Path, world: World, schedule: Schedule, *, num_labels: int | None) -> Assembled:
     """Build model, optimizer and scaler of a run on this rank's device."""
     factors = run.factors
     precision = PRECISIONS[factors.precision]
@@ -46,7 +53,7 @@ def assemble(run: Run, model_folder: Path, world: World, *, num_labels: int | No
         seed=factors.seed,
         device=world.device,
     )
-    quantised_layers = assert_quantised(model) if isinstance(run.method, QloraMethod) else 0
+    expected = expected_trainable(model, run)
     trained = apply_method(
         model,
         run.method,
@@ -58,12 +65,15 @@ def assemble(run: Run, model_folder: Path, world: World, *, num_labels: int | No
     if factors.gradient_checkpointing:
         # Not re-entrant: the re-entrant kind needs inputs that require gradients and breaks DDP's hooks.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    parameters = count_parameters(trained)
+    parameters, blocks = count_parameters(trained), transformer_blocks(trained)
+    costs = closed_form(trained, model.config, run, schedule, device_type=world.device.type)
     facts = {
-        "quantised_layers": quantised_layers,
-        "transformer_blocks": len(transformer_blocks(trained)),
-        "gradient_checkpointing": bool(getattr(model, "is_gradient_checkpointing", False)),
+        "transformer_blocks": len(blocks),
+        "adapter_layers": adapter_layers(trained),
+        "expected_trainable_parameters": expected,
         "trained_dtypes": sorted({str(p.dtype) for p in trained.parameters() if p.requires_grad}),
+        "frozen_dtypes": sorted({str(p.dtype) for p in trained.parameters() if not p.requires_grad}),
+        "compute_dtype": str(precision.compute),
     }
     if factors.compile:
         _compile(trained)
@@ -75,7 +85,9 @@ def assemble(run: Run, model_folder: Path, world: World, *, num_labels: int | No
         weight_decay=factors.weight_decay,
     )
     scaler = torch.amp.GradScaler(world.device.type) if precision.scaler else None
-    return Assembled(TrainingState(shared, optimizer, scaler), precision, parameters, facts)
+    gates = model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
+    state = TrainingState(shared, optimizer, scaler)
+    return Assembled(state, precision, parameters, blocks, costs, gates, facts)
 
 
 def quantization_of(run: Run, precision: Precision) -> Quantization | None:

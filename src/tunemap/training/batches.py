@@ -16,7 +16,9 @@ from tunemap.distributed.world import World
 PREFETCHED_BATCHES = 4
 
 
-def micro_batches(tokens: Tokens, schedule: Schedule, world: World, *, first_step: int, attention: str) -> Iterator[Batch]:
+def micro_batches(
+    tokens: Tokens, schedule: Schedule, world: World, *, first_step: int, attention: str
+) -> Iterator[Batch]:
     """All micro-batches of this rank from `first_step` on, in order, on the host."""
     for step in range(first_step, schedule.steps):
         for index in range(schedule.gradient_accumulation):

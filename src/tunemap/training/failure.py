@@ -48,7 +48,11 @@ def describe(error: BaseException, *, rank: int, phase: str | None, step: int | 
     """Classify an exception of a worker."""
     message = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
     outcome = "error"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _OUT_OF_MEMORY.search(str(error)):
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or _OUT_OF_MEMORY.search(str(error))
+    ):
         outcome = "oom"
     elif isinstance(error, InvalidRunError):
         outcome, message = "invalid", str(error)
@@ -56,7 +60,23 @@ def describe(error: BaseException, *, rank: int, phase: str | None, step: int | 
         outcome, message = "unsupported", str(error)
     text = "".join(traceback.format_exception(error))
     asked, free = (_bytes(pattern, str(error)) if outcome == "oom" else None for pattern in (_ASKED, _FREE))
+    if outcome == "oom" and free is None:
+        free = _host_free_bytes()  # torch's message of a CPU does not tell
     return Failure(outcome, message, rank, phase, step, text, asked, free)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _host_free_bytes() -> int | None:
+    """MemAvailable of proc(5): what the system could still give, whatever limit this process ran into."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _bytes(pattern: re.Pattern[str], message: str) -> int | None:

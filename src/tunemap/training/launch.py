@@ -5,6 +5,7 @@ Imports no torch, so that it survives what kills a training: no memory, a broken
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,12 +15,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tunemap.files import read_json, write_atomic, write_json
+from tunemap.gates import GateResult, reason, tripped
+from tunemap.gates.measurement import mfu_bounds_gate, throughput_gate, wall_gate
+from tunemap.measure.flops import utilisation
 from tunemap.run import Run
 from tunemap.training import steps
 from tunemap.training.devices import Devices, lease_devices
@@ -40,6 +44,7 @@ class Paths:
     weights: Path
     steps: Path
     outcome: Path
+    ceilings: Path | None = None  # measured matmul ceilings, where there are any
 
 
 class StoppedError(Exception):
@@ -59,63 +64,86 @@ def launch(run: Run, paths: Paths, *, device: str) -> int:
     started_at = datetime.now(UTC)
     started = time.monotonic()
     paths.work.mkdir(parents=True, exist_ok=True)
-    for stale in [*paths.work.glob("failure.rank*.json"), paths.work / "result.json", paths.work / "progress.json"]:
+    for stale in [*paths.work.glob("failure.rank*.json"), *(paths.work / name for name in _OF_ONE_START)]:
         stale.unlink(missing_ok=True)
-    failure: Failure | None = None
+    # Whatever happens to this process from here on, there is an outcome that says so.
+    write_json(paths.outcome, _outcome(run, {}, _UNFINISHED) | {"started_at": started_at.isoformat(timespec="seconds")})
+    finished: Finished | None = None
     try:
         if not run.is_base:
             with lease_devices(device, run.factors.gpus) as devices:
-                failure = _train(run, paths, devices)
+                finished = _train(run, paths, devices)
     except StoppedError as stopped:
         print(f"stopped by {stopped}; the next start resumes from the last checkpoint", flush=True)
+        paths.outcome.unlink(missing_ok=True)
         return 128 + stopped.signal_number
     except Exception as error:
-        failure = describe(error, rank=0, phase="start", step=None)
-    outcome = _outcome(run, paths, failure)
+        finished = Finished(describe(error, rank=0, phase="start", step=None))
+    outcome = _described(run, paths, finished)
     outcome |= {"started_at": started_at.isoformat(timespec="seconds"), "wall_s": time.monotonic() - started}
-    if failure is not None or run.is_base:
+    if outcome["outcome"] != "ok" or run.is_base:
         shutil.rmtree(paths.weights, ignore_errors=True)
         paths.weights.mkdir(parents=True)
-    write_atomic(paths.steps, steps.to_csv(steps.merge(paths.work)))
-    write_json(paths.outcome, outcome)
+    records = steps.to_csv(steps.merge(paths.work))
+    write_atomic(paths.steps, records)
+    write_json(paths.outcome, outcome | {"steps_sha256": hashlib.sha256(records.encode()).hexdigest()})
     shutil.rmtree(paths.work, ignore_errors=True)
     print(f"outcome: {outcome['outcome']}" + (f": {outcome['reason']}" if outcome["reason"] else ""), flush=True)
     return 0
 
 
-def _train(run: Run, paths: Paths, devices: Devices) -> Failure | None:
-    """Run the workers to their end; returns None if all of them finished."""
+@dataclass(frozen=True)
+class Finished:
+    """How the processes of a run ended, and the wall time that they took as seen from here."""
+
+    failure: Failure | None
+    wall_s: float = 0.0
+    started_at: float = 0.0  # of the first process, Unix time
+
+
+_OF_ONE_START = ("result.json", "progress.json", "environment.json")
+_UNFINISHED = Failure("error", "the launcher was killed before it could say how the run ended", 0, None, None, None)
+
+
+def _train(run: Run, paths: Paths, devices: Devices) -> Finished:
+    """Run the workers to their end."""
     run_file = paths.work / "run.json"
     write_json(run_file, run.training_spec())
     limit = run.factors.time_limit_minutes
-    deadline = None if limit is None else time.monotonic() + 60 * limit
+    started, started_at = time.monotonic(), time.time()
+    deadline = None if limit is None else started + 60 * limit
     process = subprocess.Popen(
         _command(run, paths, run_file, devices.kind),
-        env=_environment(run, devices),
+        env=worker_environment(run, devices),
         start_new_session=True,  # one group to end, however many ranks and helpers there are
     )
     try:
         with _signals_as_exceptions():
             in_time = _wait(process, deadline)
+        wall_s = time.monotonic() - started
     finally:
         end_group(process)
-    if not in_time:
-        progress = _progress(paths.work)
-        reason = f"not finished after time_limit_minutes {limit}"
-        return Failure("timeout", reason, 0, progress.get("phase"), progress.get("step"), None)
-    if process.returncode == 0 and (paths.work / "result.json").exists():
+    return Finished(_failure(paths.work, process.returncode, limit if not in_time else None), wall_s, started_at)
+
+
+def _failure(work: Path, code: int | None, exceeded_minutes: float | None) -> Failure | None:
+    """Why the workers did not finish; None if they did."""
+    progress = _progress(work)
+    place = progress.get("phase"), progress.get("step")
+    if exceeded_minutes is not None:
+        return Failure("timeout", f"not finished after time_limit_minutes {exceeded_minutes}", 0, *place, None)
+    if code == 0 and (work / "result.json").exists():
         return None
-    failures = read_failures(paths.work)
-    if failures:
-        return failures[0]
-    progress = _progress(paths.work)
-    return Failure("error", _how_it_died(process.returncode), 0, progress.get("phase"), progress.get("step"), None)
+    failures = read_failures(work)
+    return failures[0] if failures else Failure("error", _how_it_died(code), 0, *place, None)
 
 
 def _command(run: Run, paths: Paths, run_file: Path, device: str) -> list[str]:
     worker = ["-m", "tunemap.training.worker", "--run-file", str(run_file), "--device", device]
     for name in ("model", "dataset", "tokens", "work", "weights"):
         worker += [f"--{name}", str(getattr(paths, name))]
+    if paths.ceilings is not None:
+        worker += ["--ceilings", str(paths.ceilings)]
     if run.factors.strategy == "single":
         return [sys.executable, *worker]
     # --standalone picks a free port, so several runs on one host do not meet.
@@ -123,7 +151,7 @@ def _command(run: Run, paths: Paths, run_file: Path, device: str) -> list[str]:
     return [sys.executable, *torchrun, *worker]
 
 
-def _environment(run: Run, devices: Devices) -> dict[str, str]:
+def worker_environment(run: Run, devices: Devices) -> dict[str, str]:
     """The workers' environment: what decides numbers or speed is set, not inherited."""
     environment = dict(os.environ)
     source = str(Path(__file__).resolve().parents[2])
@@ -201,14 +229,38 @@ def _progress(work: Path) -> dict[str, Any]:
     return values
 
 
-def _outcome(run: Run, paths: Paths, failure: Failure | None) -> dict[str, Any]:
-    """The outcome file of a run: how it ended, and every measurement there is, of a failed run too."""
+def _described(run: Run, paths: Paths, finished: Finished | None) -> dict[str, Any]:
+    """The outcome with every measurement there is, of a failed run too."""
+    if run.is_base or finished is None:
+        return _outcome(run, {}, None)
+    progress, failure = _progress(paths.work), finished.failure
     result: dict[str, Any] = {}
-    if failure is None and not run.is_base:
+    if failure is None:
         result = read_json(paths.work / "result.json")
-    measurements: dict[str, Any] = {}
-    if not run.is_base:
-        measurements = steps.summarise_steps(steps.merge(paths.work)) | _from_result(result)
+    records = steps.merge(paths.work)
+    measurements = steps.summarise_steps(records) | _from_result(result, steps.measured_steps(records))
+    if result:
+        measurements |= utilisation(
+            measurements, peak_flops_per_second=result["ceiling_flops_per_second"], devices=run.factors.gpus
+        )
+    gates = [GateResult(**gate) for gate in result.get("gates") or progress.get("gates", [])]
+    if failure is None:
+        gates += list(_identities(result, measurements, finished))
+        if trips := tripped(gates):
+            failure = Failure("invalid", reason(trips), 0, "train", progress.get("step"), None)
+    environment = paths.work / "environment.json"
+    known = {
+        "measurements": measurements,
+        "memory_by_rank": result.get("memory", []),
+        "gates": [asdict(gate) for gate in gates],
+        "facts": result.get("facts", {}),
+        "environment": read_json(environment) if environment.exists() else {},
+    }
+    return _outcome(run, known, failure)
+
+
+def _outcome(run: Run, known: dict[str, Any], failure: Failure | None) -> dict[str, Any]:
+    """The content of an outcome file."""
     return {
         "run": run.id,
         "digest": run.training_digest,
@@ -221,21 +273,34 @@ def _outcome(run: Run, paths: Paths, failure: Failure | None) -> dict[str, Any]:
         "bytes_asked": failure.bytes_asked if failure else None,
         "bytes_free": failure.bytes_free if failure else None,
         "spec": run.training_spec(),
-        "measurements": measurements,
-        "memory_by_rank": result.get("memory", []),
-        "gates": result.get("gates") or _progress(paths.work).get("gates", []),
-        "facts": result.get("facts", {}),
-        "environment": result.get("environment", {}),
+        "measurements": {},
+        "memory_by_rank": [],
+        "gates": [],
+        "facts": {},
+        "environment": {},
+        **known,
     }
 
 
-def _from_result(result: dict[str, Any]) -> dict[str, Any]:
+def _identities(result: dict[str, Any], measurements: dict[str, Any], finished: Finished) -> Iterator[GateResult]:
+    """The gates that need what is known only here: the times of all ranks, and the wall seen from outside."""
+    yield throughput_gate(measurements)
+    start_s = max(0.0, result["started_at"] - finished.started_at)
+    yield wall_gate(sum(result["parts_s"].values()), start_s, finished.wall_s)
+    for name in ("mfu_measured", "hfu_measured"):
+        if measurements[name] is not None:
+            yield mfu_bounds_gate(name, measurements[name])
+
+
+def _from_result(result: dict[str, Any], measured: list[int]) -> dict[str, Any]:
     if not result:
         return {}
     parts = result["parts_s"]
     return {
         **_maximum_over_ranks(result["memory"]),
         **{f"{name}_parameters": count for name, count in result["parameters"].items()},
+        **_flops(result, measured),
+        **_energy(result["energy"] or {}),
         "load_time_s": parts["load"],
         "compile_time_s": parts["compile"],
         "estimation_time_s": parts["estimation"],
@@ -245,6 +310,27 @@ def _from_result(result: dict[str, Any]) -> dict[str, Any]:
         "wall_time_s": sum(parts.values()),
         "data_order_hash": result["data_order_hash"],
         "steps_planned": result["steps_planned"],
+    }
+
+
+def _flops(result: dict[str, Any], measured: list[int]) -> dict[str, float | None]:
+    """FLOPs over all ranks, mean of the measured steps; empty where the closed form is unknown or was contradicted."""
+    flops = result["flops"]
+    doubted = any(gate["gate"] == "flops" and not gate["passed"] for gate in result["gates"])
+    if flops is None or doubted or not measured:
+        return dict.fromkeys(("model_flops_per_step", "hardware_flops_per_step"))
+    return {f"{name}_per_step": sum(flops[name][step] for step in measured) / len(measured) for name in flops}
+
+
+def _energy(energy: dict[str, Any]) -> dict[str, float | None]:
+    joules, tokens = energy.get("energy_joules"), energy.get("tokens")
+    return {
+        "energy_joules": joules,
+        "energy_window_s": energy.get("seconds"),
+        "energy_window_tokens": tokens,
+        "energy_per_token_joules": joules / tokens if joules is not None and tokens else None,
+        "energy_per_10k_tokens_joules": 10_000 * joules / tokens if joules is not None and tokens else None,
+        "power_limit_joules": energy.get("power_limit_joules"),
     }
 
 

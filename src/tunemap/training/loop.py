@@ -23,6 +23,7 @@ from tunemap.distributed.strategies import gradient_sync
 from tunemap.distributed.world import World
 from tunemap.measure.clock import StepClock
 from tunemap.measure.memory import LiveStorage, track_live_storage
+from tunemap.measure.witness import Witness
 from tunemap.training.precision import Precision
 from tunemap.training.schedule import learning_rate_multiplier
 from tunemap.training.steps import StepRecord
@@ -55,6 +56,8 @@ class Loop:
     label_tokens: list[int]  # of each step, over all ranks and micro-batches
     write: Callable[[list[StepRecord]], None]
     window_ended: Callable[[TrainingState, float], None]
+    witness: Witness | None = None  # watches one step that is not measured
+    compiling: Callable[[], AbstractContextManager[None]] = nullcontext  # around the step that compiles
     _pending: list[dict[str, Any]] = field(default_factory=list)
 
     def train(self, state: TrainingState, batches: Iterator[Batch]) -> None:
@@ -64,21 +67,23 @@ class Loop:
         """
         clock = StepClock(self.world.device)
         started = time.perf_counter() - state.elapsed_s
-        first = state.step
-        tracked_step = self._tracked_step(first) if state.memory is None else None
+        first, watched = state.step, self._watched_step(state.step)
+        tracked = self._tracked_step(first, watched) if state.memory is None else None
         parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         state.model.train()
         for step in range(first, self.schedule.steps):
-            tracker = track_live_storage(state.model, state.optimizer) if step == tracked_step else None
+            tracker = track_live_storage(state.model, state.optimizer) if step == tracked else None
+            witness = self.witness.watch() if self.witness and step == watched else None
             clock.begin(step)
-            with tracker or nullcontext():
+            with tracker or witness or (self.compiling() if step == first else nullcontext()):
                 row = self._step(state, parameters, batches, clock, step, tracker)
             clock.end()
             state.step, state.elapsed_s = step + 1, time.perf_counter() - started
             if tracker is not None:
                 state.memory = _memory(tracker)
-            unmeasured = step < self.factors.measurement_warmup_steps or tracker is not None or step == first
-            self._pending.append(row | {"elapsed_s": state.elapsed_s, "measured": int(not unmeasured)})
+            warming_up = step < self.factors.measurement_warmup_steps or step == first
+            measured = not warming_up and tracker is None and witness is None
+            self._pending.append(row | {"elapsed_s": state.elapsed_s, "measured": int(measured)})
             if state.step % self.factors.logging_steps == 0 or state.step == self.schedule.steps:
                 loss = self._flush(clock)
                 self.window_ended(state, loss)
@@ -94,13 +99,14 @@ class Loop:
     ) -> dict[str, Any]:
         """One optimizer step; returns what is known of it without waiting for the device."""
         model, optimizer, scaler = state.model, state.optimizer, state.scaler
-        phase = tracker.phase if tracker else _no_phase
+        phase = tracker.phase if tracker else named_for_profilers
         counts = {"samples": 0, "real_tokens": 0, "label_tokens": 0, "padded_tokens": 0}
         step_loss: torch.Tensor | float = 0.0
         learning_rate = self._set_learning_rate(optimizer, step)
         last = self.factors.gradient_accumulation - 1
         for index in range(self.factors.gradient_accumulation):
-            batch = next(batches)
+            with named_for_profilers("data"):
+                batch = next(batches)
             for name in counts:
                 counts[name] += getattr(batch, name)
             clock.mark("data")
@@ -146,7 +152,15 @@ class Loop:
             group["lr"] = learning_rate
         return learning_rate
 
-    def _tracked_step(self, first: int) -> int | None:
+    def _watched_step(self, first: int) -> int:
+        """The step that the witness watches: the first one, which is not measured anyway.
+
+        In a compiled run the one after it: torch runs a watched step uncompiled, and would never compile what it met
+        first under a witness.
+        """
+        return first + 1 if self.factors.compile else first
+
+    def _tracked_step(self, first: int, watched: int) -> int | None:
         """On a CPU, the step that the memory tracker watches: the one with the widest batch.
 
         Not the first one, which has no optimizer state yet. A GPU's allocator counts by itself.
@@ -154,7 +168,7 @@ class Loop:
         if self.world.device.type == "cuda":
             return None
         widest = self.schedule.widest_step()
-        candidates = [step for step in range(max(first, 1), self.schedule.steps)]
+        candidates = [step for step in range(max(first, 1), self.schedule.steps) if step != watched]
         if not candidates:
             return None
         widths = self.schedule.widths.max(axis=(1, 2))
@@ -190,8 +204,9 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, -2).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def _no_phase(name: str) -> AbstractContextManager[None]:
-    return nullcontext()
+def named_for_profilers(phase: str) -> AbstractContextManager[Any]:
+    """Name a phase in the traces of profilers; about a microsecond where none is attached."""
+    return torch.profiler.record_function(phase)
 
 
 def _memory(tracker: LiveStorage) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The record of each step: written per rank while training goes on, merged and summarised when it ended, however it did.
+"""The record of each step: written per rank while training goes on, merged and summarised when it ended.
 
 Imports no torch: the launcher reads these files after a crash of everything else.
 """
@@ -103,6 +103,12 @@ def merge(folder: Path) -> list[StepRecord]:
     return sorted((record for records in ranks for record in records[:finished]), key=lambda r: (r.step, r.rank))
 
 
+def measured_steps(records: Sequence[StepRecord]) -> list[int]:
+    """The steps that count in timings: those that every rank measured."""
+    unmeasured = {record.step for record in records if not record.measured}
+    return sorted({record.step for record in records} - unmeasured)
+
+
 def summarise_steps(records: Sequence[StepRecord]) -> dict[str, float | int | None]:
     """Step times and throughputs over the measured steps.
 
@@ -136,6 +142,7 @@ def _timings(measured: Sequence[Sequence[StepRecord]]) -> dict[str, float | int 
     names = ("step", "data", "forward", "backward", "optimizer")
     if not measured:
         keys = ["step_time_mean_s", "step_time_sd_s", "step_time_cv", "step_time_median_s", "step_time_p95_s"]
+        keys += ["step_period_mean_s", "tokens_per_step_mean"]
         keys += [f"{name}_time_mean_s" for name in names[1:]]
         return dict.fromkeys([*keys, *THROUGHPUTS, "cpu_time_mean_s", "seconds_per_10k_tokens"])
     times = summarise([max(record.step_time_s for record in ranks) for ranks in measured])
@@ -153,6 +160,8 @@ def _timings(measured: Sequence[Sequence[StepRecord]]) -> dict[str, float | int 
         "step_time_cv": times.cv,
         "step_time_median_s": times.median,
         "step_time_p95_s": times.p95,
+        "step_period_mean_s": seconds / len(measured),
+        "tokens_per_step_mean": total("real_tokens") / len(measured),
         **{f"{name}_time_mean_s": mean(f"{name}_time_s") for name in names[1:]},
         "cpu_time_mean_s": mean("cpu_time_s"),
         **{name: total(column) / seconds for name, column in THROUGHPUTS.items()},

@@ -22,7 +22,9 @@ def save_weights(model: nn.Module, run: Run, model_folder: Path, weights_folder:
     inner = unwrap(model)
     state = None
     if isinstance(inner, FSDPModule):
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(inner, PeftModel))
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(inner, PeftModel)
+        )
         state = get_model_state_dict(inner, options=options)
     if world.is_main:
         partial = weights_folder.with_name(weights_folder.name + ".partial")

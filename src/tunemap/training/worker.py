@@ -1,8 +1,10 @@
 """One process of a training run; the launcher starts as many of these as the run has devices.
 
-    python -m tunemap.training.worker --run-file spec.json --model DIR --tokens DIR --work DIR --weights DIR --device cpu
+    python -m tunemap.training.worker --run-file spec.json --model DIR --dataset DIR --tokens DIR
+        --work DIR --weights DIR --device cpu
 
-Leaves in the work folder: steps.rankN.csv while training, result.json at the end (rank 0), or failure.rankN.json.
+Leaves in the work folder: environment.json, steps.rankN.csv while training, result.json at the end (rank 0), or
+failure.rankN.json. A gate that trips before training ends the run there; one that trips later leaves all its data.
 """
 
 from __future__ import annotations
@@ -11,29 +13,28 @@ import argparse
 import os
 import sys
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunemap.files import read_json, write_json
-from tunemap.gates import GateResult
-from tunemap.measure.clock import PartsTimer
+from tunemap.files import read_json, sha256_of, write_json
+from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, tripped
+from tunemap.measure.clock import PartsTimer, process_age_s
 from tunemap.run import Run
 from tunemap.training.failure import InvalidRunError, describe, write_failure
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a broken one must still end in an outcome
-    import torch
-    from torch import nn
-
     from tunemap.data.batches import Schedule
     from tunemap.data.tokens import Tokens
     from tunemap.distributed.world import World
-    from tunemap.training.loop import TrainingState
+    from tunemap.training.assemble import Assembled
 
-RESULT, PROGRESS = "result.json", "progress.json"
+RESULT, PROGRESS, ENVIRONMENT = "result.json", "progress.json", "environment.json"
 CHECKPOINT_SECONDS = 60.0
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Job:
     work: Path
     weights: Path
     device: str
+    ceilings: Path | None  # measured matmul ceilings, where there are any
 
 
 def main() -> None:
@@ -89,12 +91,11 @@ class Progress:
             print(f"step {step}/{steps}  loss {loss:.4f}  {elapsed_s:.1f} s, {left_s:.0f} s left", flush=True)
 
     def check(self, results: list[GateResult]) -> None:
-        """Keep the results of gates; a fatal one that did not pass ends the run."""
+        """Keep the results of gates; before training, a fatal one that did not pass ends the run."""
         self.gates += results
         self._write()
-        tripped = [result for result in results if result.fatal and not result.passed]
-        if tripped:
-            raise InvalidRunError("; ".join(f"gate {result.gate}: {result.message}" for result in tripped))
+        if trips := tripped(results):
+            raise InvalidRunError(reason(trips))
 
     def _write(self, **details: Any) -> None:
         if self._is_main:
@@ -107,6 +108,7 @@ def _parse(arguments: list[str]) -> Job:
     parser.add_argument("--run-file", type=Path, required=True)
     for name in ("model", "dataset", "tokens", "work", "weights"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--ceilings", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     values = vars(parser.parse_args(arguments))
     run = Run.from_json(values.pop("run_file").read_text())
@@ -115,6 +117,7 @@ def _parse(arguments: list[str]) -> Job:
 
 def _train(job: Job, progress: Progress) -> None:
     run, factors = job.run, job.run.factors
+    started_at = time.time() - process_age_s()
     parts = PartsTimer(since_process_start=True)
     with progress.during("load"), parts.part("load"):
         import torch
@@ -125,8 +128,11 @@ def _train(job: Job, progress: Progress) -> None:
         from tunemap.distributed.world import join_world, leave_world
         from tunemap.training import checkpoint
         from tunemap.training.assemble import assemble
+        from tunemap.training.observe import Observer
 
         world = join_world(job.device, strategy=factors.strategy)
+    if world.is_main:
+        write_json(job.work / ENVIRONMENT, _environment(job, world))
     with progress.during("data"), parts.part("load"):
         tokens = load_tokens(job.tokens)
         progress.check(_data_gates(job, tokens))
@@ -142,37 +148,40 @@ def _train(job: Job, progress: Progress) -> None:
             max_steps=factors.max_steps,
         )
     with progress.during("load"), parts.part("load"):
-        assembled = assemble(run, job.model, world, num_labels=len(tokens.label_names) or None)
+        assembled = assemble(run, job.model, world, schedule, num_labels=len(tokens.label_names) or None)
         state = assembled.state
         checkpoint.seed_everything(factors.seed, world.rank)
-        found = checkpoint.find(
-            job.work, digest=run.training_digest, strategy=factors.strategy, world_size=world.size
-        )
+        found = checkpoint.find(job.work, digest=run.training_digest, strategy=factors.strategy, world_size=world.size)
         if found.manifest is not None:
             checkpoint.restore(job.work, state, world, found.manifest)
         if world.is_main:
             print(found.message, flush=True)
+        progress.gates += assembled.gates
+        observer = Observer(run, world, schedule, assembled)
     with progress.during("train"), parts.part("training"):
-        _run_loop(job, progress, parts, world, tokens, schedule, assembled.precision, state)
+        _run_loop(job, progress, parts, world, tokens, schedule, assembled, observer)
+    observer.after_training()
     with progress.during("save"), parts.part("checkpoint"):
         from tunemap.training.weights import save_weights
 
         save_weights(state.model, run, job.model, job.weights, world)
-    records = world.gather(_rank_result(world, state))
+    ranks = world.gather(observer.of_rank(job.work))
     if world.is_main:
-        write_json(
-            job.work / RESULT,
-            {
-                "parts_s": parts.seconds(),
-                "memory": records,
-                "parameters": asdict(assembled.parameters),
-                "facts": assembled.facts,
-                "data_order_hash": schedule.order_hash,
-                "steps_planned": schedule.steps,
-                "gates": [asdict(gate) for gate in progress.gates],
-                "environment": _environment(world),
-            },
-        )
+        seconds = parts.seconds()
+        gates = progress.gates + observer.gates(ranks, label_tokens=tokens.train.label_tokens, parts_s=seconds)
+        result = {
+            "started_at": started_at,
+            "memory": [rank["memory"] for rank in ranks],
+            "parameters": asdict(assembled.parameters),
+            "facts": assembled.facts | observer.facts(),
+            "data_order_hash": schedule.order_hash,
+            "steps_planned": schedule.steps,
+            "flops": assembled.costs.per_step(schedule) if assembled.costs else None,
+            "ceiling_flops_per_second": _ceiling(job, assembled, world),
+            "energy": observer.energy(ranks),
+            "gates": [asdict(gate) for gate in gates],
+        }
+        write_json(job.work / RESULT, result | {"parts_s": parts.seconds()})
     world.barrier()
     leave_world()
 
@@ -184,15 +193,16 @@ def _run_loop(
     world: World,
     tokens: Tokens,
     schedule: Schedule,
-    precision: Any,
-    state: TrainingState,
+    assembled: Assembled,
+    observer: Any,
 ) -> None:
     from tunemap.measure.memory import reset_peaks
     from tunemap.training import checkpoint, steps
     from tunemap.training.batches import feed, micro_batches
-    from tunemap.training.loop import Loop, NotFiniteError
+    from tunemap.training.loop import Loop, NotFiniteError, TrainingState
 
-    factors, first_step = job.run.factors, state.step
+    factors, state = job.run.factors, assembled.state
+    first_step = state.step
     own_file = steps.rank_file(job.work, world.rank)
     steps.keep_until(own_file, first_step)
     saved_at = time.monotonic()
@@ -200,55 +210,63 @@ def _run_loop(
     def window_ended(state: TrainingState, loss: float) -> None:
         nonlocal saved_at
         progress.window(state.step, schedule.steps, loss, state.elapsed_s, first_step)
-        every = factors.checkpoint_steps
-        window = factors.logging_steps
-        due = state.step // every > (state.step - window) // every if every else time.monotonic() - saved_at > CHECKPOINT_SECONDS
+        observer.window_ended(state.step)
+        every, window = factors.checkpoint_steps, factors.logging_steps
+        late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+        due = state.step // every > (state.step - window) // every if every else late
         if state.step < schedule.steps and world.sum(float(due)) > 0:
             with parts.part("checkpoint"):
-                checkpoint.save(
-                    job.work, state, world, digest=job.run.training_digest, strategy=factors.strategy
-                )
+                checkpoint.save(job.work, state, world, digest=job.run.training_digest, strategy=factors.strategy)
             saved_at = time.monotonic()
 
     loop = Loop(
         factors=factors,
-        precision=precision,
+        precision=assembled.precision,
         schedule=schedule,
         world=world,
         label_tokens=schedule.per_step(tokens.train.label_tokens).tolist(),
         write=lambda records: steps.append_records(own_file, records),
         window_ended=window_ended,
+        witness=observer.witness,
+        compiling=partial(parts.part, "compile") if factors.compile else nullcontext,
     )
     reset_peaks(world.device)
     batches = micro_batches(tokens, schedule, world, first_step=first_step, attention=factors.attention)
     try:
         loop.train(state, feed(batches, world.device))
-    except NotFiniteError as error:
-        progress.check([GateResult("finite_loss", False, True, str(error))])
-    progress.check([GateResult("finite_loss", True, True, "every loss is a finite number")])
+    except NotFiniteError as error:  # gate finite_loss says so; what was measured until here is kept
+        progress.step = state.step
+        print(f"stopped: {error}", flush=True)
 
 
 def _data_gates(job: Job, tokens: Tokens) -> list[GateResult]:
-    from tunemap.gates import disjoint_gate, label_gates
-
     results = [disjoint_gate(read_json(job.dataset / "dataset.json"), tokens.statistics)]
     if tokens.task_kind == "generation":
         results += label_gates(tokens.statistics, accept_truncation=job.run.dataset.accept_truncation)
     return results
 
 
-def _rank_result(world: World, state: TrainingState) -> dict[str, Any]:
-    from tunemap.measure.memory import memory_record
+def _environment(job: Job, world: World) -> dict[str, Any]:
+    """The fingerprint of machine and software, with the content hashes of what the run was given."""
+    from tunemap.measure.environment import environment
 
-    record = asdict(memory_record(world.device))
-    tracked = {name: value for name, value in (state.memory or {}).items() if name != "peak_phase"}
-    return {"rank": world.rank, **record, **tracked}
+    inputs = {
+        "model": sha256_of(job.model / "model.json"),
+        "dataset": sha256_of(job.dataset / "dataset.json"),
+        "tokens": sha256_of(job.tokens / "train.npz"),
+    }
+    return environment(REPOSITORY).as_dict() | {"device": str(world.device), "inputs": inputs}
 
 
-def _environment(world: World) -> dict[str, Any]:
-    import torch
+def _ceiling(job: Job, assembled: Assembled, world: World) -> float | None:
+    """The measured matmul ceiling of this device in the run's dtype; None where nobody measured it."""
+    from tunemap.measure import ceiling
 
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(world.device)}
+    if job.ceilings is None:
+        return None
+    dtype = str(assembled.precision.compute).removeprefix("torch.")
+    measured = ceiling.load(job.ceilings, world.device).get(dtype)
+    return measured.flops_per_s if measured else None
 
 
 if __name__ == "__main__":

@@ -3,11 +3,17 @@
     python benchmarks/extraction.py                # 0.5, 1 and 5 million kernels
     python benchmarks/extraction.py --full         # 20 million as well (2 GB of disk, several minutes to generate)
     python benchmarks/extraction.py --trace FILE   # any trace of your own
+    python benchmarks/extraction.py --peers PYTHON # beside nsys-ai and HolisticTraceAnalysis
 
 Each line is one fresh process that reads the file and computes every fact: wall time, processor time and the peak of
 its resident memory, imports included. The generated file has 4 processes that all call their GPU device 0, 2 API calls
 for 5 kernels, copies on 9 % of the segments, phases, and a backward pass launched from another thread. The result is
 compared with the generator's truth, exactly.
+
+`--peers` needs the python of an environment of its own:
+    pip install nsys-ai==0.3.0 HolisticTraceAnalysis==0.5.0 "pandas<3"    # HolisticTraceAnalysis fails with pandas 3
+ All tools get the same events, and what they say is compared with
+the truth: compute and idle time summed over the ranks. nsys-ai's idle counts copies as idle, by its definition.
 """
 
 import argparse
@@ -45,6 +51,85 @@ print(json.dumps({
 """
 
 
+_NSYS_AI = """
+import json, sys, time
+begin = time.perf_counter()
+from nsys_ai import profile
+from nsys_ai.overlap import overlap_analysis
+opened = profile.open(sys.argv[1])
+found = [overlap_analysis(opened, device) for device in json.loads(sys.argv[2])]
+compute = sum(r["compute_only_ms"] + r["overlap_ms"] for r in found)
+idle = sum(r["idle_ms"] for r in found)
+"""
+
+_HTA = """
+import sys, time
+begin = time.perf_counter()
+from hta.trace_analysis import TraceAnalysis
+analysis = TraceAnalysis(trace_files=dict(enumerate(sys.argv[1:])))
+table = analysis.get_temporal_breakdown(visualize=False)
+analysis.get_comm_comp_overlap(visualize=False)
+compute, idle = table["compute_time(us)"].sum() / 1e3, table["idle_time(us)"].sum() / 1e3
+"""
+
+_OURS = """
+import sys, time
+from pathlib import Path
+begin = time.perf_counter()
+from tunemap.trace.command import read_traces
+from tunemap.trace.facts import compute_facts
+devices = compute_facts(read_traces([Path(p) for p in sys.argv[1:]])).summary["devices"]
+compute, idle = (sum(d[name] for d in devices) / 1e6 for name in ("compute_ns", "idle_ns"))
+"""
+
+_REPORT = """
+end = time.perf_counter()
+peak_kb = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+import json
+print("RESULT " + json.dumps([end - begin, peak_kb / 1024, compute, idle]))
+"""
+
+
+def compare_peers(python: str, kernels: int) -> None:
+    """Print what each tool says about the same events, how fast, and how far from the truth."""
+    import trace_generator
+
+    print(f"{'tool':<26} {'input':<30} {'s':>7} {'peak MB':>8} {'compute ms':>12} {'idle ms':>10}   off by (ms)")
+    for collide in (False, True):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            ranks = trace_generator.generate(kernels, steps=20, collide=collide)
+            nsys, kineto = folder / "report.sqlite", [folder / f"rank{rank.index}.json.gz" for rank in ranks]
+            trace_generator.write_nsys(nsys, ranks)
+            for rank, path in zip(ranks, kineto, strict=True):
+                trace_generator.write_kineto(path, rank, len(ranks))
+            truth = [sum(rank.truth[key] for rank in ranks) / 1e6 for key in ("compute_ns", "idle_ns")]
+            place = "every rank says GPU 0" if collide else "GPU 0 to 3"
+            devices = json.dumps(sorted({rank.device for rank in ranks}))
+            for tool, script, arguments, kind in (
+                ("tunemap", _OURS, [nsys], "nsys"),
+                ("nsys-ai", _NSYS_AI, [nsys, devices], "nsys"),
+                ("tunemap", _OURS, kineto, "Kineto"),
+                ("HolisticTraceAnalysis", _HTA, kineto, "Kineto"),
+            ):
+                ours = script is _OURS
+                done = subprocess.run(
+                    [sys.executable if ours else python, "-c", script + _REPORT, *map(str, arguments)],
+                    capture_output=True,
+                    text=True,
+                    env={"PYTHONPATH": str(REPOSITORY / "src") if ours else "", "PATH": "/usr/bin:/bin", "HOME": name,
+                         "OMP_NUM_THREADS": "1", "HTA_DISABLE_NS_ROUNDING": "1"},
+                )  # fmt: skip
+                result = next((r for r in done.stdout.splitlines() if r.startswith("RESULT ")), None)
+                head = f"{tool:<26} {kind + ', ' + place:<30}"
+                if result is None:
+                    print(f"{head} failed: {done.stderr.strip().splitlines()[-1:]}")
+                    continue
+                seconds, peak, compute, idle = json.loads(result.removeprefix("RESULT "))
+                off = f"compute {compute - truth[0]:+.3f}, idle {idle - truth[1]:+.3f}"
+                print(f"{head} {seconds:>7.2f} {peak:>8.0f} {compute:>12.3f} {idle:>10.3f}   {off}", flush=True)
+
+
 def measure(paths: list[Path]) -> dict:
     """One fresh process over these files."""
     done = subprocess.run(
@@ -68,9 +153,15 @@ def main() -> int:
     parser.add_argument("--kernels", type=float, nargs="+", default=[0.5, 1, 5], metavar="MILLION")
     parser.add_argument("--full", action="store_true", help="20 million kernels as well")
     parser.add_argument("--trace", type=Path, nargs="+", help="measure these files instead of generated ones")
+    parser.add_argument("--peers", metavar="PYTHON", help="python of an environment with the peers; see above")
+    parser.add_argument("--peer-kernels", type=float, default=0.1, metavar="MILLION")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each size; the fastest counts")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
+    sys.path.insert(0, str(GENERATOR))
+    if args.peers:
+        compare_peers(args.peers, round(args.peer_kernels * MILLION))
+        return 0
     print(
         f"{'kernels':>12} {'API calls':>11} {'copies':>9} {'file MB':>8} {'read s':>7} {'facts s':>8} {'total s':>8} "
         f"{'CPU s':>10} {'peak MB':>8}"
@@ -78,7 +169,6 @@ def main() -> int:
     if args.trace:
         print(line(measure(args.trace), sum(p.stat().st_size for p in args.trace) / 1e6))
         return 0
-    sys.path.insert(0, str(GENERATOR))
     import trace_generator
 
     results, missed = [], False

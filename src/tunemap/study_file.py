@@ -138,7 +138,7 @@ class _Reader:
 
     def value(self, node: yaml.Node, location: Location) -> Any:
         """The value of a node; raises MarkedYAMLError for what has none."""
-        self.lines[location] = node.start_mark.line + 1
+        self.lines.setdefault(location, node.start_mark.line + 1)
         if len(location) > DEEPEST:
             raise _marked(node, f"nested more than {DEEPEST} levels deep")
         if len(self.lines) > MOST_VALUES:
@@ -146,8 +146,8 @@ class _Reader:
         if isinstance(node, yaml.MappingNode):
             values = {}
             for key, (key_node, value_node) in self._entries(node, location).items():
-                values[key] = self.value(value_node, (*location, key))
                 self.lines[*location, key] = key_node.start_mark.line + 1
+                values[key] = self.value(value_node, (*location, key))
             return values
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*location, index)) for index, item in enumerate(node.value)]
@@ -171,15 +171,14 @@ class _Reader:
             key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else key_node.value
             if not isinstance(key, str):
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                place = _place(location, self.lines) or f"line {key_node.start_mark.line + 1}: "
+                place = _place(location, key_node.start_mark.line + 1)
                 self.problems.append(f"{place}a key must be text, {text} is not; write it in quotes if it is a name")
                 continue
             own[key] = (key_node, value_node)
             count[key] = count.get(key, 0) + 1
-        for key in sorted(key for key, occurrences in count.items() if occurrences > 1):
-            self.problems.append(
-                f"{_place(location, self.lines)}the key '{key}' occurs {count[key]} times; the last would win silently"
-            )
+        for key in [key for key, occurrences in count.items() if occurrences > 1]:
+            place = _place(location, own[key][0].start_mark.line + 1)
+            self.problems.append(f"{place}the key '{key}' occurs {count[key]} times; the last would win silently")
         self._entries_of[id(node)] = merged | own
         return self._entries_of[id(node)]
 
@@ -242,14 +241,15 @@ def _without_broken_parts(values: dict[str, Any], details: list[ErrorDetails]) -
 
 
 def _most_telling(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """One error per place: a value that fits no member of a union yields one error per member."""
+    """One error per place, the innermost: a value that fits no member of a union yields errors for each member."""
     chosen: dict[Location, ErrorDetails] = {}
     for detail in details:
         place = _location(detail)
         known = chosen.get(place)
         if known is None or known["type"] in ("none_required", "int_type"):
             chosen[place] = detail
-    return list(chosen.values())
+    outer = {place[:depth] for place in chosen for depth in range(len(place))}
+    return [detail for place, detail in chosen.items() if place not in outer]
 
 
 def _message(detail: ErrorDetails, file: YamlFile) -> str:
@@ -258,13 +258,14 @@ def _message(detail: ErrorDetails, file: YamlFile) -> str:
     if kind == "extra_forbidden":
         section = _section_at(detail["loc"][:-1])
         known = [info.alias or name for name, info in section.model_fields.items()] if section else []
-        return _place(location[:-1], file.lines, location) + unknown_key(str(location[-1]), known)
-    place = _place(location, file.lines)
+        return _place(location[:-1], _line(location, file.lines)) + unknown_key(str(location[-1]), known)
+    place = _place(location, _line(location, file.lines))
     if kind == "missing":
         section = _section_at(detail["loc"][:-1])
         field = section.model_fields.get(str(location[-1])) if section else None
         meaning = f" ({field.description})" if field and field.description else ""
-        return f"{_place(location[:-1], file.lines)}the key '{location[-1]}' is missing{meaning}"
+        inside = _place(location[:-1], _line(location[:-1], file.lines))
+        return f"{inside}the key '{location[-1]}' is missing{meaning}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         key = str(context["discriminator"]).strip("'")
         tags = ", ".join(_tags(detail["loc"], key))
@@ -309,17 +310,20 @@ def _location(detail: ErrorDetails) -> Location:
     return _without_union_steps(location)
 
 
-def _place(location: Location, lines: dict[Location, int], line_of: Location | None = None) -> str:
-    """`line 7, experiments[0].vary: ` with the line of the nearest place that has one."""
-    wanted = location if line_of is None else line_of
-    while wanted and wanted not in lines:
-        wanted = wanted[:-1]
-    line = lines.get(wanted)
+def _line(location: Location, lines: dict[Location, int]) -> int | None:
+    """The line of the nearest place that has one; none for the file as a whole."""
+    while location and location not in lines:
+        location = location[:-1]
+    return lines[location] if location else None
+
+
+def _place(location: Location, line: int | None) -> str:
+    """`line 7, experiments[0].vary: `, as much of it as there is."""
     path = ""
     for step in location:
         path += f"[{step}]" if isinstance(step, int) else (f".{step}" if path else str(step))
-    parts = [f"line {line}"] if line is not None and location else []
-    return ", ".join([*parts, *([path] if path else [])]) + (": " if path else "")
+    parts = [*([f"line {line}"] if line is not None else []), *([path] if path else [])]
+    return ", ".join(parts) + (": " if parts else "")
 
 
 def _is_number(text: str) -> bool:

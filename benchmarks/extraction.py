@@ -12,8 +12,8 @@ compared with the generator's truth, exactly.
 
 `--peers` needs the python of an environment of its own:
     pip install nsys-ai==0.3.0 HolisticTraceAnalysis==0.5.0 "pandas<3"    # HolisticTraceAnalysis fails with pandas 3
- All tools get the same events, and what they say is compared with
-the truth: compute and idle time summed over the ranks. nsys-ai's idle counts copies as idle, by its definition.
+All tools get the same events, and what they say is compared with the truth: compute and idle time summed over the
+ranks. nsys-ai's idle counts copies as idle, by its definition.
 """
 
 import argparse

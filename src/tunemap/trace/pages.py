@@ -63,18 +63,24 @@ class _Table:
     def read(self, root: int, columns: Sequence[int], defaults: Sequence[int]) -> list[Array]:
         leaves = self._leaves(root)
         batch = max(1, _BATCH_BYTES // self.page_bytes)
-        parts = [
-            _decode(*self._load(leaves[at : at + batch]), self.page_bytes, self.usable_bytes, columns, defaults)
-            for at in range(0, len(leaves), batch)
-        ]
-        result = []
-        for i in range(len(columns)):
-            result.append(np.concatenate([part[i] for part in parts]))
-            for part in parts:  # free the parts of a column before the next one is joined
-                part[i] = part[i][:0]
-        return result
+        result: list[Array] = []
+        rows = 0
+        for at in range(0, len(leaves), batch):
+            pages = leaves[at : at + batch]
+            part = _decode(self._load(pages), len(pages), self.page_bytes, self.usable_bytes, columns, defaults)
+            end = rows + len(part[0])
+            if not result or end > len(result[0]):  # room for all rows, if the pages to come are as full as these
+                capacity = end + (len(leaves) - at - len(pages)) * (len(part[0]) // len(pages) + 2)
+                grown = [np.empty(capacity, np.int64) for _ in columns]
+                for new, old in zip(grown, result, strict=False):
+                    new[:rows] = old[:rows]
+                result = grown
+            for values, more in zip(result, part, strict=True):
+                values[rows:end] = more
+            rows = end
+        return [values[:rows] for values in result]
 
-    def _load(self, pages: Array) -> tuple[Array, int]:
+    def _load(self, pages: Array) -> Array:
         """The pages behind each other, after `_PAD` bytes that make room for the 8 bytes before a value."""
         buffer = np.zeros(_PAD + len(pages) * self.page_bytes, np.uint8)
         view = buffer[_PAD:].data
@@ -83,7 +89,7 @@ class _Table:
             target = view[first * self.page_bytes : last * self.page_bytes]
             if os.preadv(self.descriptor, [target], (int(pages[first]) - 1) * self.page_bytes) != len(target):
                 raise _UnsupportedError
-        return buffer, len(pages)
+        return buffer
 
     def _leaves(self, root: int) -> Array:
         """Page numbers of the leaves from left to right."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, create_model
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -118,23 +118,42 @@ class Method(Section):
     )
 
 
+    @property
+    def base_quantization(self) -> str | None:
+        """4-bit data type in which the frozen base is kept; None where it is not quantised."""
+        return getattr(self, "quantization_type", None)
+
+
 class FullMethod(Method):
     """Full fine-tuning: every parameter is trained."""
 
     kind: Literal["full"]
 
 
-class LoraMethod(Method):
+class AdapterMethod(Method):
+    """What all adapters share: the base is frozen, and the weights beside it have a dtype of their own."""
+
+    adapter_dtype: Dtype = Field("float32", description="Dtype in which adapter weights are kept.")
+
+
+class LowRankMethod(AdapterMethod):
+    """What LoRA and its relatives share: one layer class of peft, so that their timings can be compared."""
+
+    dropout: Share = Field(0.0, description="Dropout in front of the adapters.")
+    target_modules: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        "all-linear", description="`all-linear`, or a list of module names such as [q_proj, v_proj]."
+    )
+    learning_rate_ratio: PositiveFloat | None = Field(
+        None, description="LoRA+: so many times as fast learns B as A (https://arxiv.org/abs/2402.12354); null: as fast."
+    )
+
+
+class LoraMethod(LowRankMethod):
     """Low-rank adapters through peft (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
     kind: Literal["lora"]
     rank: PositiveInt = Field(8, description="Rank r of the adapters.")
     alpha: PositiveFloat | None = Field(None, description="Scale alpha; null: 2 × rank.")
-    dropout: Share = Field(0.0, description="Dropout in front of the adapters.")
-    target_modules: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
-        "all-linear", description="`all-linear`, or a list of module names such as [q_proj, v_proj]."
-    )
-    adapter_dtype: Dtype = Field("float32", description="Dtype in which adapter weights are kept.")
     rslora: bool = Field(False, description="Scale by alpha/√r (https://arxiv.org/abs/2312.03732).")
 
 
@@ -146,6 +165,139 @@ class QloraMethod(LoraMethod):
     double_quantization: bool = Field(True, description="Quantise the quantisation constants too.")
 
 
+class DataDriven(Section):
+    """What methods have in common that look at training data before they start."""
+
+    quantization_type: Literal["nf4", "fp4"] | None = Field(
+        None, description="4-bit data type of the base; null: the base is not quantised."
+    )
+    double_quantization: bool = Field(True, description="Quantise the quantisation constants too.")
+    estimation_batches: PositiveInt = Field(
+        64, description="Batches of training rows that the start is computed from, over all devices."
+    )
+    estimation_batch_size: PositiveInt | None = Field(
+        None, description="Rows of such a batch; null: per_device_batch_size."
+    )
+
+
+class GoraMethod(DataDriven, LowRankMethod):
+    """LoRA with ranks and a start from the gradient (https://arxiv.org/abs/2502.12171), and the ladder up to it."""
+
+    kind: Literal["gora"]
+    variant: Literal[
+        "lora",
+        "rslora",
+        "lora+",
+        "rslora+lora+",
+        "gora",
+        "gora_official_scripts",
+        "gora_exact_budget",
+        "gora_ranks_only",
+        "gora_init_only",
+        "gora_hpml",
+    ] = Field(
+        "gora",
+        description="`gora`: the paper's; `gora_official_scripts`: the ranks of its released code; `gora_exact_budget`: "
+        "as many parameters as LoRA, for timings; `gora_ranks_only`: B = 0; `gora_init_only`: one rank for all; `lora` "
+        "to `rslora+lora+`: controls with GoRA's random numbers; `gora_hpml`: what one published study ran under this "
+        "name, PiSSA with size-biased ranks.",
+    )
+    reference_rank: PositiveInt | None = Field(
+        None, description="Rank of the LoRA whose parameters are the budget; null: the variant's, 8 (gora_hpml: 16)."
+    )
+    alpha: PositiveFloat | None = Field(None, description="Scale alpha; null: 2 × reference_rank.")
+    min_rank: PositiveInt | None = Field(
+        None, description="Smallest rank of a module; null: reference_rank / 2 (gora_hpml: 1)."
+    )
+    max_rank: PositiveInt | None = Field(
+        None, description="Largest rank of a module; null: 4 × reference_rank (gora_hpml: none)."
+    )
+    gamma: NonNegativeFloat | None = Field(
+        None, description="Size of the first step relative to the gradient; null: the variant's, 0.05."
+    )
+    learning_rate_ratio: PositiveFloat | None = Field(
+        None,
+        description="LoRA+: so many times as fast learns B as A (https://arxiv.org/abs/2402.12354); null: the "
+        "variant's, 16 (1 for lora, rslora, gora_hpml).",
+    )
+    allocation: Literal["paper", "official_scripts", "exact_budget", "uniform"] | None = Field(
+        None, description="How importances become ranks; null: the variant's."
+    )
+    initialisation: Literal["compress", "zeros", "weight_svd"] | None = Field(
+        None, description="Where A and B start; null: the variant's."
+    )
+    importance: Literal["mean", "frobenius"] | None = Field(
+        None, description="Measure of a module's importance; null: the variant's."
+    )
+    route: Literal["unquantised", "dequantised"] = Field(
+        "unquantised",
+        description="Whose gradient, over a 4-bit base: that of the model before it is quantised (the authors'), or that "
+        "of the dequantised weights, which keeps QLoRA's memory.",
+    )
+
+
+class PeftMethod(DataDriven, AdapterMethod):
+    """Any method of peft by its name, with peft's own parameters."""
+
+    kind: Literal["peft"]
+    type: Literal[
+        "LORA",
+        "RSLORA",
+        "DORA",
+        "PISSA",
+        "OLORA",
+        "EVA",
+        "LORA_GA",
+        "CORDA",
+        "LOFTQ",
+        "ADALORA",
+        "DELORA",
+        "DEFT",
+        "GLORA",
+        "GRALORA",
+        "HIRA",
+        "LILY",
+        "LOHA",
+        "LOKR",
+        "MISS",
+        "PEANUT",
+        "PSOFT",
+        "OSF",
+        "VERA",
+        "PVERA",
+        "RANDLORA",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "FROD",
+        "OFT",
+        "BOFT",
+        "HRA",
+        "ROAD",
+        "C3A",
+        "FOURIERFT",
+        "WAVEFT",
+        "SHIRA",
+        "SUPERTUNING",
+        "IA3",
+        "BEFT",
+        "LN_TUNING",
+        "PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "CARTRIDGE",
+        "ADAPTION_PROMPT",
+        "TRAINABLE_TOKENS",
+        "SHADOW",
+    ] = Field(description="peft's name of the method, or of a variant of LoRA.")
+    parameters: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Parameters of peft's config class, checked by it when the run starts."
+    )
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
 class BaseMethod(Method):
     """No fine-tuning at all: the row that every comparison needs. Each experiment gets it without asking."""
 
@@ -153,8 +305,10 @@ class BaseMethod(Method):
 
 
 BASE_METHOD = "base"  # the reserved name of the row without fine-tuning
-MethodConfig = Annotated[FullMethod | LoraMethod | QloraMethod, Field(discriminator="kind")]
-METHOD_CLASSES: tuple[type[Method], ...] = (FullMethod, LoraMethod, QloraMethod)
+MethodConfig = Annotated[
+    FullMethod | LoraMethod | QloraMethod | GoraMethod | PeftMethod, Field(discriminator="kind")
+]
+METHOD_CLASSES: tuple[type[Method], ...] = (FullMethod, LoraMethod, QloraMethod, GoraMethod, PeftMethod)
 
 
 # --- factors ----------------------------------------------------------------------------------------------
@@ -187,8 +341,10 @@ class Factors(Section):
     gradient_checkpointing: bool = _factor(False, "Recompute activations in the backward pass.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = _factor("sdpa", "Attention implementation.")
     compile: bool = _factor(False, "Compile the model with torch.compile.")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = _factor(
-        "adamw", "`adamw` is torch's fused AdamW; the others are bitsandbytes'."
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor"] = _factor(
+        "adamw",
+        "`adamw` is torch's fused AdamW; `adafactor` torch's Adafactor, which keeps row and column sums in place of "
+        "moments; the others are bitsandbytes'.",
     )
     learning_rate: PositiveFloat = _factor(1e-4, "Peak learning rate.")
     weight_decay: NonNegativeFloat = _factor(0.0, "Decoupled weight decay.")

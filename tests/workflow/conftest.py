@@ -45,7 +45,7 @@ STUDY = {
         "max_new_tokens": 64,
     },
     "experiments": [
-        {"name": "methods", "question": "Which method?", "vary": {"method": ["full"]}},
+        {"name": "methods", "question": "Which method?", "vary": {"method": ["full"]}, "profile": "torch"},
         {"name": "rank", "question": "Which rank?", "fixed": {"method": "lora"}, "vary": {"method.rank": [2]}},
     ],
 }

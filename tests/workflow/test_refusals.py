@@ -56,7 +56,7 @@ def test_training_without_label_tokens_is_invalid(refused):
 def test_an_invalid_run_is_a_row_and_not_evaluated(refused):
     evaluation = json.loads((refused / "evaluations" / RUN / "evaluation.json").read_text())
     assert (evaluation["outcome"], evaluation["reason"]) == ("skipped", "the training ended with outcome invalid")
-    header, *rows = (refused / "tables" / "runs.csv").read_text().splitlines()
+    _, *rows = (refused / "tables" / "runs.csv").read_text().splitlines()
     row = next(row for row in rows if row.startswith(RUN))
     assert ",invalid," in row
     assert "invalid" in (refused / "report.html").read_text()

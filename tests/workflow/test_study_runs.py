@@ -22,10 +22,13 @@ STAGES = (
     "tokenize_dataset",
     "train_run",
     "evaluate_run",
+    "capture_run",
+    "extract_facts",
     "make_tables",
     "make_figures",
     "make_report",
 )
+WORKERS = {"train_run": "training/worker.py", "capture_run": "capture/worker.py"}
 
 
 def _rows(path: Path) -> dict[str, dict[str, str]]:
@@ -92,8 +95,9 @@ def test_nothing_unfinished_is_left(finished):
 @pytest.mark.parametrize("stage", STAGES)
 def test_declared_sources_cover_what_a_stage_imports(finished, modules_folder, stage):
     recorded = [json.loads(path.read_text()) for path in modules_folder.glob("*.json")]
-    scripts = {f"{stage}.py", "worker.py"} if stage == "train_run" else {f"{stage}.py"}
-    files = [file for record in recorded if Path(record["main"]).name in scripts for file in record["files"]]
+    started = {f"scripts/{stage}.py", WORKERS.get(stage)}
+    mains = {record["main"]: "/".join(Path(record["main"]).parts[-2:]) for record in recorded}
+    files = [file for record in recorded if mains[record["main"]] in started for file in record["files"]]
     imported = {Path(file).resolve() for file in files}
     assert imported, f"no process of {stage} was recorded"
     root = finished.root / "src" / "tunemap"

@@ -157,6 +157,10 @@ def evaluations(wildcards):
     ]
 
 
+def facts(wildcards):
+    return [f"results/{PLAN.study}/facts/{run}" for run in PLAN.captures]
+
+
 def tables_plan(wildcards):
     """The plan without the wording of the report: a new title does not make new tables."""
     return PLAN.tables_file

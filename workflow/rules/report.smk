@@ -45,6 +45,7 @@ rule figures:
     input:
         code=sources("make_figures"),
         tables=rules.tables.output,
+        facts=facts,
     output:
         report(
             directory("results/{study}/figures"),

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from pydantic import TypeAdapter
+
 from tunemap.config import ModelConfig
 from tunemap.models import prepare
 from tunemap.script import run_script

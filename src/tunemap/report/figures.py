@@ -1,6 +1,6 @@
 """The figures of a study, drawn from its tables: the same tables give the same bytes.
 
-    figures/EXPERIMENT-tradeoff | accuracy | throughput | memory | loss .svg .pdf .png
+    figures/EXPERIMENT-tradeoff | accuracy | throughput | memory | loss | step .svg .pdf .png
     figures/figures.json        title, caption and alternative text of each, for the report
 
 A method has one colour in all figures of a study. Runs that failed are marked where their number would stand.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from matplotlib.transforms import Bbox
 
 from tunemap.collect import Tables, read_tables
 from tunemap.files import read_json, write_atomic
+from tunemap.report.captures import PHASES, Captured, read_captures
 from tunemap.report.tables import records
 
 STYLE = Path(__file__).with_name("tunemap.mplstyle")
@@ -84,6 +86,7 @@ class Scene:
     runs: pd.DataFrame
     losses: pd.DataFrame
     colours: dict[str, Any]
+    captures: list[Captured]
 
     @property
     def trained(self) -> list[Row]:
@@ -102,7 +105,7 @@ def write_figures(tables_dir: Path, figures_dir: Path, plan_path: Path) -> None:
     """Draw every figure that has something to show, as SVG, PDF and PNG, and figures.json that describes them."""
     drawings = []
     with matplotlib.style.context(STYLE):
-        for scene in scenes(read_json(plan_path), read_tables(tables_dir)):
+        for scene in scenes(read_json(plan_path), read_tables(tables_dir), figures_dir.parent / "facts"):
             for kind, (draw, title) in KINDS.items():
                 drawn = draw(scene)
                 if drawn is None:
@@ -118,8 +121,8 @@ def write_figures(tables_dir: Path, figures_dir: Path, plan_path: Path) -> None:
     write_atomic(figures_dir / "figures.json", json.dumps(index, indent=1, ensure_ascii=False) + "\n")
 
 
-def scenes(plan: dict[str, Any], tables: Tables) -> list[Scene]:
-    """The experiments of a plan with their rows of the tables."""
+def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]:
+    """The experiments of a plan with their rows of the tables and the facts of their captures."""
     colours = method_colours(plan)
     all_points, members = records(tables.points), tables.experiments
     drawn = []
@@ -135,6 +138,7 @@ def scenes(plan: dict[str, Any], tables: Tables) -> list[Scene]:
                 in_scene.assign(point=in_scene["run"].map(labels)),
                 tables.losses[tables.losses["run"].isin(runs)],
                 colours,
+                read_captures(facts_dir, {run: labels[run] for run in experiment.get("captures", [])}),
             )
         )
     return drawn
@@ -523,10 +527,73 @@ LABEL_PLACES: tuple[tuple[float, float, str, str], ...] = tuple(
     )
 )
 
+
+def draw_step(scene: Scene) -> tuple[Figure, str, str] | None:
+    """Where the time of a step goes: phases as bars, kernel categories as their parts, one panel per captured run."""
+    captures = scene.captures
+    if not captures:
+        return None
+    total: Counter[str] = Counter()
+    for capture in captures:
+        total.update(capture.categories)
+    named = [name for name, _ in total.most_common(MOST_CATEGORIES)]
+    colours = dict(zip(named, sns.color_palette("colorblind", len(named)).as_hex(), strict=True))
+    phases = [phase for phase in PHASES if any((phase, c) in capture.wall_ms for capture in captures for c in total)]
+    height = 0.9 + len(captures) * (0.5 + 0.24 * (len(phases) + 1))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    panels = figure.subplots(len(captures), sharex=True, squeeze=False)[:, 0]
+    for axes, capture in zip(panels, captures, strict=True):
+        _draw_phases(axes, capture, phases, colours)
+    panels[-1].set_xlabel("milliseconds of a step, under the profiler")
+    handles = [Line2D([], [], marker="s", linestyle="", color=colour, markersize=8) for colour in colours.values()]
+    handles += [Line2D([], [], marker="s", linestyle="", color=GRID, markersize=8)]
+    figure.legend(handles, [*named, "other categories"], loc="outside lower center", ncols=5)
+    slowed = [f"{c.point} {c.profiled_to_unprofiled_ratio:.2f}" for c in captures if c.profiled_to_unprofiled_ratio]
+    longest = "; ".join(
+        f"{c.point}: " + ", ".join(f"{name} {share:.0%}" for name, share in c.operators) for c in captures
+    )
+    caption = (
+        "A few steps under torch.profiler, first seed of each point: time of operators by the phase they belong to; "
+        f"idle is time without any. Step time under the profiler over the step time without it: {', '.join(slowed)}. "
+        f"Longest operators, share of busy time: {longest}."
+    )
+    alt = "Milliseconds of a step by phase. " + ". ".join(
+        f"{c.point}: " + ", ".join(f"{phase} {_phase_ms(c, phase):.1f}" for phase in phases) for c in captures
+    )
+    return figure, caption, alt
+
+
+MOST_CATEGORIES = 8
+
+
+def _phase_ms(capture: Captured, phase: str) -> float:
+    return sum(ms for (where, _), ms in capture.wall_ms.items() if where == phase)
+
+
+def _draw_phases(axes: Axes, capture: Captured, phases: list[str], colours: dict[str, str]) -> None:
+    for row, phase in enumerate(phases):
+        left = 0.0
+        for category in (*colours, None):
+            width = sum(
+                ms
+                for (where, name), ms in capture.wall_ms.items()
+                if where == phase and (name == category if category else name not in colours)
+            )
+            axes.barh(row, width, left=left, height=0.7, color=colours.get(category or "", GRID), linewidth=0)
+            left += width
+    axes.barh(len(phases), capture.idle_ms, height=0.7, color=PAPER, edgecolor=AXIS, linewidth=0.8)
+    axes.set_yticks(range(len(phases) + 1), [*phases, "idle"])
+    axes.set_ylim(len(phases) + 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_title(capture.point, loc="left", fontsize=9)
+
+
 KINDS: dict[str, tuple[Callable[[Scene], tuple[Figure, str, str] | None], str]] = {
     "tradeoff": (draw_tradeoff, "Trade-off map"),
     "accuracy": (draw_accuracy, "Accuracy"),
     "throughput": (draw_throughput, "Throughput"),
     "memory": (draw_memory, "Peak memory"),
     "loss": (draw_loss, "Loss"),
+    "step": (draw_step, "Where a step goes"),
 }

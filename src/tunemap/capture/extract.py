@@ -1,0 +1,24 @@
+"""From the traces of a capture to facts on disk: summary.json and one csv per table (see `tunemap.trace.facts`)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tunemap.files import read_json
+from tunemap.trace.command import SUMMARY, read_traces, write_json, write_tables
+from tunemap.trace.facts import compute_facts
+
+
+def extract(capture: Path, folder: Path) -> None:
+    """Write the facts of a capture; of one that failed or was skipped, capture.json with its reason is all there is."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    described = read_json(capture / "capture.json")
+    write_json(folder / "capture.json", described)
+    if described["outcome"] != "ok":
+        print(f"no facts: {described['reason']}", flush=True)
+        return
+    facts = compute_facts(read_traces(sorted(capture.glob("trace.rank*.json.gz"))))
+    write_tables(folder, facts.tables, "csv")
+    write_json(folder / SUMMARY, facts.summary)

@@ -1,0 +1,40 @@
+# What the device did: a few steps of a run, repeated under a profiler, and the facts read from its traces.
+
+
+rule capture:
+    input:
+        code=sources("capture_run"),
+        model=run_model,
+        tokens=run_tokens,
+        outcome="results/{study}/runs/{run}/outcome.json",
+    output:
+        directory("results/{study}/captures/{run}"),
+    log:
+        "logs/{study}/capture/{run}.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: run_threads
+    resources:
+        gpu=run_gpus,
+        timed_run=1,
+    params:
+        spec=training_spec,
+        device=device,
+    shell:
+        "python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        " --model {input.model} --tokens {input.tokens} --outcome {input.outcome}"
+        " --folder {output} >{log} 2>&1"
+
+
+rule extract:
+    input:
+        code=sources("extract_facts"),
+        capture="results/{study}/captures/{run}",
+    output:
+        directory("results/{study}/facts/{run}"),
+    log:
+        "logs/{study}/extract/{run}.log",
+    conda:
+        "../../envs/train.yaml"
+    shell:
+        "python {input.code[0]} --capture {input.capture} --facts {output} >{log} 2>&1"

@@ -1,4 +1,4 @@
-"""What the captures of an experiment say: the time of a step by phase and kernel category, and the longest operators."""
+"""What the captures of an experiment say: the time of a step by phase and category, and the longest operators."""
 
 from __future__ import annotations
 

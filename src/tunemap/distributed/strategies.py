@@ -13,13 +13,24 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tunemap.distributed.world import World
-from tunemap.models.loading import block_class_names
+from tunemap.models import loading
 
 
-def wrap(model: nn.Module, strategy: str, world: World, *, compute: torch.dtype | None = None) -> nn.Module:
+def wrap(
+    model: nn.Module,
+    strategy: str,
+    world: World,
+    *,
+    compute: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
     """Spread `model` over the world; the same code runs at world size 1, so that it can be the baseline.
 
     `compute` is the dtype of matrix products under autocast: gathered weights then travel in it, half the bytes.
+    `reshard_after_forward`: whether FSDP frees a block's gathered weights after its forward pass and gathers them
+    again for the backward pass (less memory), or keeps them (less communication). What lies outside of the blocks
+    stays gathered from forward to backward either way.
+
     Raises RuntimeError if the result is not what was asked for (accelerate and the HF Trainer fall back to DDP in
     silence when asked for FSDP on a CPU).
     """
@@ -28,13 +39,15 @@ def wrap(model: nn.Module, strategy: str, world: World, *, compute: torch.dtype 
     if strategy == "ddp":
         # Buckets that alias the gradients save one gradient-sized buffer and one copy per step; buffers hold
         # constants here (rotary frequencies), broadcasting them each step would only be traffic.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     mesh = _mesh(strategy, world)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
+    )
     blocks = transformer_blocks(model)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # the root: torch keeps its weights from forward to backward
     units = sum(isinstance(module, FSDPModule) for module in model.modules())
     if units != len(blocks) + 1:
         raise RuntimeError(f"{units} FSDP units for {len(blocks)} transformer blocks: {len(blocks) + 1} were asked for")
@@ -44,17 +57,14 @@ def wrap(model: nn.Module, strategy: str, world: World, *, compute: torch.dtype 
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a model, wrapped by peft or not, in order."""
-    names = block_class_names(model)
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise RuntimeError(f"no transformer block ({', '.join(names)}) in {type(model).__name__}")
-    return blocks
+    """The transformer blocks of a model, wrapped by peft or not, in order: one unit of sharding each."""
+    return list(loading.transformer_blocks(model))
 
 
 def _mesh(strategy: str, world: World) -> DeviceMesh:
     if strategy == "hybrid":
-        shape = (2, world.size // 2)  # two replicas, each sharded over half of the devices
+        replicas = min(2, world.size)  # each sharded over its part of the devices; a single one is the baseline
+        shape = (replicas, world.size // replicas)
         return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
 

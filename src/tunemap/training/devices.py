@@ -71,7 +71,7 @@ def lease_devices(wanted: str, count: int) -> Iterator[Devices]:
 
 
 def _lease(total: int, count: int, held: ExitStack) -> list[str]:
-    """Lock `count` of `total` devices; waits, and holds none while it waits, so that two runs cannot block each other."""
+    """Lock `count` of `total` devices. It holds none while it waits, so that two runs cannot block each other."""
     while True:
         with ExitStack() as attempt:
             names = []

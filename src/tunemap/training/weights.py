@@ -1,9 +1,10 @@
-"""Saving what was learned: an adapter that `PeftModel.from_pretrained` loads, or a model that `from_pretrained` loads."""
+"""Saving what was learned: an adapter or a full model, in the layout that `from_pretrained` loads."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
@@ -12,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from tunemap.distributed.strategies import unwrap
 from tunemap.distributed.world import World
+from tunemap.methods.peft_types import save_adapter
+from tunemap.models.loading import quiet
 from tunemap.run import Run
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
@@ -27,22 +30,23 @@ def save_weights(model: nn.Module, run: Run, model_folder: Path, weights_folder:
         )
         state = get_model_state_dict(inner, options=options)
     if world.is_main:
-        partial = weights_folder.with_name(weights_folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if isinstance(inner, PeftModel):
-            if state is not None:
-                state = get_peft_model_state_dict(inner, state_dict=state)
-                inner.save_pretrained(partial, state_dict=state)
-            else:
-                inner.save_pretrained(partial)
-        else:
-            inner.save_pretrained(partial, state_dict=state)  # type: ignore[operator]
-            for pattern in _TOKENIZER_FILES:
-                for path in model_folder.glob(pattern):
-                    shutil.copy(path, partial / path.name)
-        for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner can read
-        shutil.rmtree(weights_folder, ignore_errors=True)
-        partial.rename(weights_folder)
+        with quiet():
+            _write(inner, state, model_folder, weights_folder)
     world.barrier()
+
+
+def _write(inner: nn.Module, state: dict[str, Any] | None, model_folder: Path, weights_folder: Path) -> None:
+    partial = weights_folder.with_name(weights_folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if isinstance(inner, PeftModel):
+        save_adapter(inner, partial, get_peft_model_state_dict(inner, state_dict=state) if state else None)
+    else:
+        inner.save_pretrained(partial, state_dict=state)  # type: ignore[operator]
+        for pattern in _TOKENIZER_FILES:
+            for path in model_folder.glob(pattern):
+                shutil.copy(path, partial / path.name)
+    for path in partial.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    shutil.rmtree(weights_folder, ignore_errors=True)
+    partial.rename(weights_folder)

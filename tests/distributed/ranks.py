@@ -1,0 +1,230 @@
+"""The processes of a run without torchrun: forked from one server that has imported torch and transformers once.
+
+What runs in them is the worker that the launcher starts, with the variables that torchrun would set.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunemap.config import DatasetConfig, Factors, RandomModel
+from tunemap.run import Run
+from tunemap.training import steps
+
+ARCHITECTURE = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+MODEL = RandomModel(source="random", config="config.json", tokenizer="tokenizer", seed=1)
+DATASET = DatasetConfig(task="arithmetic", source="made", train_rows=64, test_rows=8)
+METHODS = {
+    "full": {"kind": "full"},
+    "lora": {"kind": "lora", "rank": 4},
+    "qlora": {"kind": "qlora", "rank": 4},
+}
+GLOBAL_BATCH = 8
+WAIT_SECONDS = 120
+
+_PRELOADED = [
+    "bitsandbytes",
+    "peft",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "transformers.models.qwen2.modeling_qwen2",
+    "tunemap.data.sources",
+    "tunemap.data.tokens",
+    "tunemap.models",
+    "tunemap.training.assemble",
+    "tunemap.training.checkpoint",
+    "tunemap.training.weights",
+    "tunemap.training.worker",
+]
+
+
+def start_server(repository: Path) -> None:
+    """Start the server from which all ranks are forked; it imports the packages and nothing else."""
+    paths = [str(repository / "src"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+
+
+def make_run(method: str, strategy: str = "single", world_size: int = 1, **factors: Any) -> Run:
+    """A run of eight steps on global batches of eight examples, however many processes share them."""
+    accumulation = factors.get("gradient_accumulation", 1)
+    chosen = {
+        "strategy": strategy,
+        "gpus": world_size,
+        "per_device_batch_size": GLOBAL_BATCH // world_size // accumulation,
+        "max_length": 128,
+        "max_steps": 6,
+        "epochs": None,
+        "learning_rate": 3e-3 if method == "full" else 3e-2,
+        "warmup_steps": 2,
+        "weight_decay": 0.01,
+        "logging_steps": 2,
+        "measurement_warmup_steps": 1,
+    }
+    return Run(
+        id=f"{method}.{strategy}-{world_size}",
+        model_name="small",
+        model=MODEL,
+        dataset_name="arithmetic",
+        dataset=DATASET,
+        method_name=method,
+        method=METHODS[method] | factors.pop("method", {}),
+        prompt_template=None,
+        factors=Factors(**(chosen | factors)),
+    )
+
+
+@dataclass(frozen=True)
+class Material:
+    """Prepared model, rows and tokens."""
+
+    model: Path
+    dataset: Path
+    tokens: Path
+
+
+def prepare_material(folder: Path) -> Material:
+    """Make the tiny model and its data, in a process of the server."""
+    material = Material(folder / "model", folder / "dataset", folder / "tokens")
+    process = multiprocessing.get_context("forkserver").Process(target=_prepare, args=(folder, material))
+    process.start()
+    process.join(WAIT_SECONDS)
+    assert process.exitcode == 0
+    return material
+
+
+def _prepare(folder: Path, material: Material) -> None:
+    from tunemap import corpora, data, models
+
+    corpora.build_arithmetic_tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "config.json").write_text(json.dumps(ARCHITECTURE))
+    models.prepare(MODEL, material.model, data_root=folder)
+    data.sources.prepare(DATASET, material.dataset, data_root=None)
+    data.tokens.tokenize(
+        material.dataset,
+        material.model,
+        material.tokens,
+        max_length=128,
+        prompt_template=None,
+        system_prompt=None,
+    )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the processes of a run left behind."""
+
+    work: Path
+    weights: Path
+    exit_codes: list[int | None]
+    _cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def log(self) -> str:
+        """Output of all ranks."""
+        return "".join(path.read_text() for path in sorted(self.work.glob("rank*.log")))
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """result.json of rank 0; fails with the log where there is none."""
+        assert (self.work / "result.json").exists(), self.log
+        return json.loads((self.work / "result.json").read_text())
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(self.work.glob("failure.rank*.json"))]
+
+    @property
+    def records(self) -> list[steps.StepRecord]:
+        return steps.merge(self.work)
+
+    def column(self, name: str, rank: int = 0) -> list[Any]:
+        """A column of one rank's step records."""
+        assert self.exit_codes == [0] * len(self.exit_codes), self.log
+        return [getattr(record, name) for record in self.records if record.rank == rank]
+
+
+def train(
+    run: Run,
+    material: Material,
+    folder: Path,
+    *,
+    world_size: int | None = None,
+    sabotage: dict[str, Any] | None = None,
+) -> Finished:
+    """Run the workers of `run` in `folder` to their end; `sabotage` makes one of them fail."""
+    world_size = world_size or run.factors.gpus
+    work, weights = folder / "work", folder / "weights"
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "run.json").write_text(json.dumps(run.training_spec()))
+    arguments = [
+        "--run-file",
+        str(work / "run.json"),
+        "--device",
+        "cpu",
+        "--work",
+        str(work),
+        "--weights",
+        str(weights),
+    ]
+    for name in ("model", "dataset", "tokens"):
+        arguments += [f"--{name}", str(getattr(material, name))]
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_rank, args=(arguments, environment, work / f"rank{rank}.log", sabotage)
+        )
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(WAIT_SECONDS)
+        process.kill()
+        process.join()
+    return Finished(work, weights, [process.exitcode for process in processes])
+
+
+def fresh(folder: Path) -> Path:
+    """The folder, emptied."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _rank(arguments: list[str], environment: dict[str, int], log: Path, sabotage: dict[str, Any] | None) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if sabotage:
+        from sabotage import sabotage as spoil
+
+        spoil(**sabotage)
+    from tunemap.training import worker
+
+    sys.argv = ["worker", *arguments]
+    worker.main()

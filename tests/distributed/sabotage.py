@@ -1,0 +1,49 @@
+"""Makes one rank of a run fail at a step, in the way that a test names. Runnable in place of the worker itself."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+
+def sabotage(rank: int, step: int, how: str) -> None:
+    """Let this process fail as `how` says when it is `rank` and reaches `step`; rank -1 means every rank."""
+    if rank not in (-1, int(os.environ.get("RANK", 0))):
+        return
+    from tunemap.training.loop import Loop
+
+    original = Loop._step
+
+    def failing_step(self, *arguments):
+        if step in arguments:  # the step is the only int among them
+            fail(how)
+        return original(self, *arguments)
+
+    Loop._step = failing_step
+
+
+def fail(how: str) -> None:
+    """Do the worst."""
+    if how == "out of memory":
+        import torch
+
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.2 GiB "
+            "of which 1.50 GiB is free."
+        )
+    if how == "exception":
+        raise ValueError("the tokens of this rank are spoiled")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "hang":
+        time.sleep(3600)
+    raise AssertionError(how)
+
+
+if __name__ == "__main__":
+    sabotage(**json.loads(os.environ["SABOTAGE"]))
+    from tunemap.training import worker
+
+    sys.argv[0] = worker.__file__
+    worker.main()

@@ -43,6 +43,9 @@ def add_facts_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bucket-ms", type=float, default=100.0, metavar="MS", help="resolution of copy_timeline (default: 100)"
     )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks of the job, for traces that do not say it (nsys)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="csv", help="format of the tables (default: csv)")
     parser.add_argument(
         "--ncu", nargs="+", type=Path, default=[], metavar="CSV", help="Nsight Compute CSV exports, for roofline points"
@@ -57,7 +60,9 @@ def run_facts(args: argparse.Namespace) -> int:
 
     if args.bucket_ms <= 0 or round(args.bucket_ms * 1e6) < 1:
         raise UserError(f"--bucket-ms {args.bucket_ms}: must be above 0")
-    options = FactOptions(bucket_ns=round(args.bucket_ms * 1e6), window=args.window)
+    if args.world_size is not None and args.world_size < 1:
+        raise UserError(f"--world-size {args.world_size}: must be at least 1")
+    options = FactOptions(round(args.bucket_ms * 1e6), args.window, args.world_size)
     if args.compare:
         if args.traces:
             raise UserError("--compare takes its two runs itself; leave out the other traces")
@@ -107,6 +112,9 @@ def read_traces(paths: list[Path]) -> Any:
     from tunemap.trace.arrays import merge_traces
     from tunemap.trace.categories import load_rules
 
+    twice = [path for i, path in enumerate(paths) if path in paths[:i]]
+    if twice:
+        raise UserError(f"{twice[0]}: named twice")
     keep = load_rules().keeps_range
     return merge_traces([_reader(trace_kind(path))(path, keep) for path in paths])
 

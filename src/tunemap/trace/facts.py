@@ -16,6 +16,12 @@ Definitions (all integers, nanoseconds, per process and device):
 - phase: of the host range around the launch, found by (process, correlation); `unattributed` where the capture has no
   launch or no range, so that phases always add up to the total.
 
+Tables, one row per process and device and: `kernels` name; `categories` category; `phases` phase and category;
+`collectives` type and process group, with transfer and waiting told apart where every rank is here; `copies` kind,
+scope (host, local: within a device, peer: between devices), memory kinds and phase; `copy_timeline` kind, scope and
+time bucket; `gaps` cause and phase; `apis` CUDA call (per process). `process` is an index into summary["processes"],
+because neither a pid nor a device tells two ranks apart in every trace.
+
 A trace without a GPU is treated the same way with the CPU as the device: operators are its kernels. One thing differs:
 a thread can sit in an operator (a hook of autograd, an issuing call) until a collective is done. The own time of such
 operators counts as computation only while no collective runs.
@@ -59,6 +65,7 @@ class FactOptions:
 
     bucket_ns: int = 100_000_000
     window: Literal["gpu", "steps"] = "gpu"
+    world_size: int | None = None  # ranks of the job, for traces that do not say it
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,11 @@ def compute_facts(trace: Trace, rules: Rules | None = None, options: FactOptions
         for device in np.unique(np.concatenate([kernel_device, copy_device])).tolist():
             rows = kernels[kernel_device == device], copies[copy_device == device]
             _device(trace, categories, host, options, where, device, rows, result)
-    result.tables["collectives"] = collective_rows(trace, rules, result.communications)
+    result.tables["collectives"] = collective_rows(trace, rules, result.communications, options.world_size)
+    if any(row["assumed"] for row in result.tables["collectives"]):
+        result.notes.append(
+            f"world size unknown: waiting and transfer hold if the {len(result.communications)} ranks here are all"
+        )
     summary = {
         "format_version": FORMAT_VERSION,
         "source": trace.source,

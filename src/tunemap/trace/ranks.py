@@ -76,8 +76,14 @@ class _Calls:
     bytes: Array
 
 
-def collective_rows(trace: Trace, rules: Rules, devices: Sequence[Communications]) -> list[dict[str, Any]]:
-    """One row per device, collective and process group."""
+def collective_rows(
+    trace: Trace, rules: Rules, devices: Sequence[Communications], world_size: int | None = None
+) -> list[dict[str, Any]]:
+    """One row per device, collective and process group.
+
+    `world_size` counts where a trace does not say it (nsys never does). Where nobody says it, the ranks at hand are
+    taken for all, and the row is marked `assumed`.
+    """
     calls: dict[tuple[str, int], list[_Calls]] = defaultdict(list)
     for d in devices:
         collectives = {int(i): rules.collective(trace.names[int(i)]) for i in np.unique(d.name)}
@@ -90,7 +96,8 @@ def collective_rows(trace: Trace, rules: Rules, devices: Sequence[Communications
                 )
     rows = []
     for (collective, group), members in calls.items():
-        transfers, reason = _transfers(trace, group, members)
+        expected = _expected_ranks(trace, group, members) or world_size
+        transfers, reason = _transfers(trace, members, expected)
         for position, member in enumerate(members):
             duration = member.end_ns - member.start_ns
             time_ns = int(duration.sum())
@@ -110,17 +117,22 @@ def collective_rows(trace: Trace, rules: Rules, devices: Sequence[Communications
                     "waiting_ns": None if transfer is None else time_ns - transfer,
                     "rank_count": None if transfer is None else len(members),
                     "reason": reason,
+                    "assumed": transfers is not None and expected is None,
                 }
             )
     return sorted(rows, key=lambda row: (row["process"], str(row["device"]), -row["time_ns"], row["collective"]))
 
 
-def _transfers(trace: Trace, group: int, members: Sequence[_Calls]) -> tuple[list[int] | None, str | None]:
+def _expected_ranks(trace: Trace, group: int, members: Sequence[_Calls]) -> int | None:
+    """How many ranks take part, as far as the trace says it."""
+    if group >= 0 and trace.groups[group].size is not None:
+        return trace.groups[group].size
+    sizes = {trace.processes[m.where["process"]].world_size for m in members}
+    return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def _transfers(trace: Trace, members: Sequence[_Calls], expected: int | None) -> tuple[list[int] | None, str | None]:
     """Transfer time for each member, or None and the reason."""
-    expected = trace.groups[group].size if group >= 0 else None
-    if expected is None:
-        sizes = {trace.processes[m.where["process"]].world_size for m in members}
-        expected = next(iter(sizes)) if len(sizes) == 1 else None
     if expected is not None and len(members) != expected:
         return None, f"needs every rank: {len(members)} of {expected} are here"
     if len(members) < 2:

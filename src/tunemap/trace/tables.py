@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from tunemap.errors import UserError
 from tunemap.trace.arrays import COPY_KINDS, CPU_DEVICE, MEMORY_KINDS, MEMSET, Array, Copies, Kernels, Trace, dense
 from tunemap.trace.categories import COMMUNICATION, OTHER, Rules, short_name
 from tunemap.trace.host import Host
@@ -35,6 +36,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 SHORT_GAP_NS = 5_000
 """Up to here a gap before work that was already launched is the hardware's own pause, not a wait."""
+
+_MOST_BUCKETS = 1_000_000
 
 _PEER_COPY, _DEVICE_COPY = 10, 8
 _HOST_COPIES = (1, 2, 3, 4, 9, 11, 12)
@@ -277,6 +280,10 @@ def copy_timeline_rows(where: Row, copies: Copies, begin: int, bucket_ns: int) -
     first = (copies.start_ns - begin) // bucket_ns
     last = np.maximum(copies.end_ns - 1 - begin, copies.start_ns - begin) // bucket_ns
     parts = last - first + 1
+    if parts.sum() > 10 * len(copies) + _MOST_BUCKETS:
+        raise UserError(
+            f"--bucket-ms {bucket_ns / 1e6:g}: copies would fall into {int(parts.sum())} buckets; choose a larger one"
+        )
     row = np.repeat(np.arange(len(copies)), parts)
     piece = np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts)
     bucket = first[row] + piece

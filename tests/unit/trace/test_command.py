@@ -162,6 +162,7 @@ def test_content_decides_not_the_name(tmp_path, export):
         (["missing.sqlite", "--out", "o"], "missing.sqlite: no such file"),
         (["t.sqlite"], "--out DIR is needed"),
         (["t.sqlite", "--out", "o", "--bucket-ms", "0"], "--bucket-ms 0.0: must be above 0"),
+        (["t.sqlite", "--out", "o", "--world-size", "0"], "--world-size 0: must be at least 1"),
         (["t.sqlite", "--compare", "a", "b"], "leave out the other traces"),
         ([".", "--out", "o"], "a folder; name the trace files in it"),
         (["--compare", ".", "."], "no summary.json in this folder"),
@@ -177,6 +178,11 @@ def test_an_output_that_cannot_be_written_is_one_clear_message(export, tmp_path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"--out .*file.* cannot be created"):
         run(export, "--out", tmp_path / "file" / "out")
+
+
+def test_a_trace_named_twice_is_not_two_ranks(export, tmp_path):
+    with pytest.raises(UserError, match=r"report\.sqlite: named twice"):
+        run(export, export, "--out", tmp_path / "out")
 
 
 def test_a_damaged_summary_is_one_clear_message(tmp_path):

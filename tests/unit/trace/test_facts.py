@@ -5,6 +5,7 @@ import pytest
 import trace_generator as generator
 from test_real_traces import check_sums, rows
 
+from tunemap.errors import UserError
 from tunemap.trace.arrays import Calls, Copies, Kernels, Messages, Process, Ranges, Trace
 from tunemap.trace.command import read_traces
 from tunemap.trace.facts import FactOptions, compute_facts
@@ -252,6 +253,11 @@ def test_copies_over_time_are_divided_exactly():
         ("peer", 10, 1, 7, 2)]  # fmt: skip
     assert {(r["kind"], r["scope"]) for r in rows(facts.tables["copies"])} == {
         ("dtod", "local"), ("ptop", "peer"), ("memset", "local")}  # fmt: skip
+
+
+def test_buckets_too_small_for_memory_are_refused():
+    with pytest.raises(UserError, match="--bucket-ms 1e-06: copies would fall into 2000000 buckets"):
+        compute_facts(make(copies=[(8, 0, 2_000_000, 5)]), options=FactOptions(bucket_ns=1))
 
 
 def test_a_device_copy_between_two_devices_is_a_peer_copy():

@@ -8,7 +8,7 @@ from test_facts import NCCL, make
 from test_real_traces import rows
 
 from tunemap.trace.arrays import Group, Messages
-from tunemap.trace.facts import compute_facts
+from tunemap.trace.facts import FactOptions, compute_facts
 
 GATHER = "ncclDevKernel_AllGather_RING_LL"
 
@@ -52,6 +52,17 @@ def test_what_cannot_be_matched_is_empty_with_the_reason(kernels, world_size, re
         assert row["waiting_ns"] is None
         assert row["time_ns"] > 0
         assert re.search(reason, row["reason"])
+
+
+def test_an_unknown_world_size_is_noted_and_can_be_given():
+    trace = make(kernels=[(NCCL, 0, 10, -1, 0), (NCCL, 4, 10, -1, 1)], processes=2)
+    assumed = compute_facts(trace)
+    assert assumed.summary["notes"] == ["world size unknown: waiting and transfer hold if the 2 ranks here are all"]
+    assert assumed.tables["collectives"]["transfer_ns"] == [6, 6]
+    known = compute_facts(trace, options=FactOptions(world_size=2))
+    assert (known.summary["notes"], known.tables["collectives"]["transfer_ns"]) == ([], [6, 6])
+    more = compute_facts(trace, options=FactOptions(world_size=8))
+    assert more.tables["collectives"]["reason"] == ["needs every rank: 2 of 8 are here"] * 2
 
 
 def test_groups_are_matched_on_their_own():

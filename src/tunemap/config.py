@@ -117,7 +117,6 @@ class Method(Section):
         description="Factor values of this method, stronger than `defaults`, weaker than an experiment's.",
     )
 
-
     @property
     def base_quantization(self) -> str | None:
         """4-bit data type in which the frozen base is kept; None where it is not quantised."""
@@ -144,7 +143,8 @@ class LowRankMethod(AdapterMethod):
         "all-linear", description="`all-linear`, or a list of module names such as [q_proj, v_proj]."
     )
     learning_rate_ratio: PositiveFloat | None = Field(
-        None, description="LoRA+: so many times as fast learns B as A (https://arxiv.org/abs/2402.12354); null: as fast."
+        None,
+        description="LoRA+: so many times as fast learns B as A (https://arxiv.org/abs/2402.12354); null: as fast.",
     )
 
 
@@ -197,10 +197,10 @@ class GoraMethod(DataDriven, LowRankMethod):
         "gora_hpml",
     ] = Field(
         "gora",
-        description="`gora`: the paper's; `gora_official_scripts`: the ranks of its released code; `gora_exact_budget`: "
-        "as many parameters as LoRA, for timings; `gora_ranks_only`: B = 0; `gora_init_only`: one rank for all; `lora` "
-        "to `rslora+lora+`: controls with GoRA's random numbers; `gora_hpml`: what one published study ran under this "
-        "name, PiSSA with size-biased ranks.",
+        description="`gora`: the paper's; `gora_official_scripts`: the ranks of its released code; "
+        "`gora_exact_budget`: as many parameters as LoRA, for timings; `gora_ranks_only`: B = 0; `gora_init_only`: one "
+        "rank for all; `lora` to `rslora+lora+`: controls with GoRA's random numbers; `gora_hpml`: what one published "
+        "study ran under this name, PiSSA with size-biased ranks.",
     )
     reference_rank: PositiveInt | None = Field(
         None, description="Rank of the LoRA whose parameters are the budget; null: the variant's, 8 (gora_hpml: 16)."
@@ -231,8 +231,8 @@ class GoraMethod(DataDriven, LowRankMethod):
     )
     route: Literal["unquantised", "dequantised"] = Field(
         "unquantised",
-        description="Whose gradient, over a 4-bit base: that of the model before it is quantised (the authors'), or that "
-        "of the dequantised weights, which keeps QLoRA's memory.",
+        description="Whose gradient, over a 4-bit base: that of the model before it is quantised (the authors'), or "
+        "that of the dequantised weights, which keeps QLoRA's memory.",
     )
 
 
@@ -305,9 +305,7 @@ class BaseMethod(Method):
 
 
 BASE_METHOD = "base"  # the reserved name of the row without fine-tuning
-MethodConfig = Annotated[
-    FullMethod | LoraMethod | QloraMethod | GoraMethod | PeftMethod, Field(discriminator="kind")
-]
+MethodConfig = Annotated[FullMethod | LoraMethod | QloraMethod | GoraMethod | PeftMethod, Field(discriminator="kind")]
 METHOD_CLASSES: tuple[type[Method], ...] = (FullMethod, LoraMethod, QloraMethod, GoraMethod, PeftMethod)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tunemap.config import LoraMethod
+from tunemap.config import AdapterMethod
 from tunemap.data.answers import score
 from tunemap.data.tokens import Tokens, load_tokens
 from tunemap.gates import generation_limit_gate
@@ -72,7 +72,8 @@ def load_trained(
 ) -> nn.Module:
     """The model of a finished run, with its weights as training left them and its base as training saw it."""
     precision = PRECISIONS[run.factors.precision]
-    adapter = isinstance(run.method, LoraMethod)
+    method = run.method
+    adapter = isinstance(method, AdapterMethod)
     model = load_model(
         model_folder if adapter or run.is_base else weights_folder,
         task_kind=run.task_kind,
@@ -83,10 +84,11 @@ def load_trained(
         seed=run.factors.seed,
         device=device,
     )
-    if adapter:
+    if isinstance(method, AdapterMethod):
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, weights_folder, autocast_adapter_dtype=False)
+        in_float32 = method.adapter_dtype == "float32"  # as in training, also over a base in 16 bits
+        model = PeftModel.from_pretrained(model, weights_folder, autocast_adapter_dtype=in_float32)
     return model
 
 
@@ -123,7 +125,9 @@ def _generate(
     outputs: dict[int, tuple[str, bool]] = {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        input_ids, attention_mask = _left_padded([tokens.test.sequence(i) for i in indices], tokens.pad_token_id, device)
+        input_ids, attention_mask = _left_padded(
+            [tokens.test.sequence(i) for i in indices], tokens.pad_token_id, device
+        )
         generated = model.generate(  # type: ignore[operator]
             input_ids=input_ids,
             attention_mask=attention_mask,

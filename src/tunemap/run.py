@@ -14,13 +14,17 @@ from tunemap.config import (
     DatasetConfig,
     Factors,
     FullMethod,
+    GoraMethod,
     LoraMethod,
     ModelConfig,
+    PeftMethod,
     QloraMethod,
     Section,
 )
 
-RunMethod = Annotated[FullMethod | LoraMethod | QloraMethod | BaseMethod, Field(discriminator="kind")]
+RunMethod = Annotated[
+    FullMethod | LoraMethod | QloraMethod | GoraMethod | PeftMethod | BaseMethod, Field(discriminator="kind")
+]
 TaskKind = Literal["generation", "classification"]
 TASK_KINDS: dict[str, TaskKind] = {
     "arithmetic": "generation",

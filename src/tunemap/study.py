@@ -13,12 +13,14 @@ from tunemap.config import (
     CHOICES,
     EVALUATION_FACTORS,
     POINT_KEYS,
+    AdapterMethod,
     BaseMethod,
     DatasetConfig,
     Experiment,
     Factors,
-    LoraMethod,
+    GoraMethod,
     Method,
+    PeftMethod,
     Study,
     TinyModel,
     given,
@@ -396,8 +398,27 @@ def reasons_against(run: Run) -> list[str]:
         wanted = "classification" if run.model.architecture == "distilbert" else "generation"
         if run.task_kind != wanted:
             reasons.append(f"the tiny {run.model.architecture} is made for {wanted}, {run.dataset.task} is not")
-    if isinstance(run.method, LoraMethod) and factors.precision == "fp16" and run.method.adapter_dtype == "float16":
+    if isinstance(run.method, AdapterMethod) and factors.precision == "fp16" and run.method.adapter_dtype == "float16":
         reasons.append("the gradient scaler of fp16 needs adapter_dtype float32")
-    if isinstance(run.method, LoraMethod) and factors.precision == "fp32" and run.method.adapter_dtype != "float32":
+    if isinstance(run.method, AdapterMethod) and factors.precision == "fp32" and run.method.adapter_dtype != "float32":
         reasons.append(f"precision fp32 with adapter_dtype {run.method.adapter_dtype} is not fp32")
-    return reasons
+    return [*reasons, *_method_reasons(run)]
+
+
+VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")  # peft drops position ids for them
+
+
+def _method_reasons(run: Run) -> Iterator[str]:
+    """What stands against a method of the GoRA ladder, of peft, or against an optimizer, under these factors."""
+    factors, method = run.factors, run.method
+    sharded = factors.strategy in ("fsdp", "hybrid")
+    if isinstance(method, GoraMethod) and factors.precision == "fp16":
+        yield "gora estimates gradients without a scaler, which fp16 is too narrow for; use bf16 or fp32"
+    if isinstance(method, GoraMethod) and method.estimation_batches < factors.gpus:
+        yield f"estimation_batches {method.estimation_batches} leaves one of {factors.gpus} devices without a batch"
+    if isinstance(method, PeftMethod) and sharded:
+        yield f"kind peft keeps parameters that {factors.strategy} cannot shard; use single or ddp"
+    if isinstance(method, PeftMethod) and method.type in VIRTUAL_TOKENS and factors.batching == "packed":
+        yield f"{method.type} puts virtual tokens before each row, which holds several examples if packed"
+    if factors.optimizer == "adafactor" and sharded:
+        yield f"adafactor averages over whole rows and columns, of which {factors.strategy} leaves each device a part"

@@ -66,7 +66,7 @@ def _capture(arguments: argparse.Namespace) -> None:
     run = shortened(Run.from_json(arguments.run_file.read_text()))
     factors = run.factors
     torch.set_num_threads(factors.threads_per_process)
-    world = join_world(arguments.device, strategy=factors.strategy)
+    world = join_world(arguments.device, strategy=factors.strategy, expected_size=factors.gpus)
     tokens = load_tokens(arguments.tokens)
     schedule = batch_schedule(
         tokens.train.lengths,
@@ -79,7 +79,7 @@ def _capture(arguments: argparse.Namespace) -> None:
         epochs=None,
         max_steps=factors.max_steps,
     )
-    assembled = assemble(run, arguments.model, world, schedule, num_labels=len(tokens.label_names) or None)
+    assembled = assemble(run, arguments.model, world, schedule, tokens)
     state = assembled.state
     state.memory = {}  # the memory tracker stays out of the window
     seed_everything(factors.seed, world.rank)

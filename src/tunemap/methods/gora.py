@@ -717,13 +717,15 @@ def attach(
     *,
     task_type: str | None = None,
     autocast_adapter_dtype: bool = True,
+    initialise: bool = True,
     **parameters: Any,
 ) -> Any:
     """The PEFT model of a plan, initialised; draws nothing from the caller's random stream, whatever the ranks.
 
     `parameters` are LoRA's own; for SEQ_CLS the classification heads are trained in full unless they say otherwise.
-    `autocast_adapter_dtype` keeps adapters in fp32 over a half-precision base. UserError for `weight_svd` over 4-bit
-    weights, from which nothing can be moved.
+    `autocast_adapter_dtype` keeps adapters in fp32 over a half-precision base. Without `initialise`, A and B are left
+    to a checkpoint: a plan without gradients is then enough. UserError for `weight_svd` over 4-bit weights, from which
+    nothing can be moved.
     """
     quantised = [n for n in made.shapes if is_quantised(_weight(model, n))]
     if quantised and made.settings.initialisation == "weight_svd":
@@ -736,5 +738,6 @@ def attach(
     with own_random_stream(next(model.parameters()).device, made.settings.seed):
         config = lora_config(made, task_type=task_type, **parameters)
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-        apply(peft_model, made)
+        if initialise:
+            apply(peft_model, made)
     return peft_model

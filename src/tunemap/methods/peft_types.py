@@ -364,8 +364,10 @@ def apply_peft(
     return peft_model
 
 
-def save_adapter(peft_model: Any, folder: Path) -> None:
+def save_adapter(peft_model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
     """Save an adapter so that it loads over the original base model, wherever that is.
+
+    `state` is the adapter's state as `get_peft_model_state_dict` gives it, where the model's own is sharded.
 
     PEFT saves what LoRA-GA and CorDA trained without what their start took from the base weights; loading it then
     gives another model (LoRA-GA, silently) or fails (CorDA). Since s (B A - B0 A0) = s [B, -B0] [A; A0], such an
@@ -373,9 +375,9 @@ def save_adapter(peft_model: Any, folder: Path) -> None:
     """
     start = getattr(peft_model, "moved_start", None)
     if start is None:
-        peft_model.save_pretrained(str(folder))
+        peft_model.save_pretrained(str(folder), state_dict=state)
         return
-    state = _cloned(get_peft_model_state_dict(peft_model))
+    state = _cloned(get_peft_model_state_dict(peft_model) if state is None else state)
     for name, value in state.items():
         if "lora_A" in name:
             state[name] = torch.cat([value, start[name]], dim=0)
@@ -409,9 +411,53 @@ def after_optimizer_step(peft_model: Any, step: int) -> None:
         allocate(step)
 
 
+def penalty(peft_model: Any) -> torch.Tensor | float:
+    """What a method adds to the loss, per optimizer step: AdaLoRA's orthogonality of A and B, nothing elsewhere.
+
+    Mean over the factors P of the Frobenius norm of P P^T - 1, times orth_reg_weight (Zhang et al. 2023,
+    https://arxiv.org/abs/2303.10512, eq. 4). PEFT adds it to losses that the model itself computes only.
+    """
+    config = _adalora_config(peft_model)
+    if config is None:
+        return 0.0
+    terms = []
+    for name, parameter in peft_model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            square = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            terms.append(torch.linalg.norm(square - torch.eye(*square.shape, out=torch.empty_like(square))))
+    return config.orth_reg_weight * torch.stack(terms).mean()
+
+
+def method_state(peft_model: Any) -> dict[str, Any]:
+    """What a method remembers between steps besides its parameters (AdaLoRA's sensitivities); empty elsewhere."""
+    config = _adalora_config(peft_model)
+    if config is None:
+        return {}
+    allocator = peft_model.base_model.rankallocator
+    return {name: getattr(allocator, name) for name in _SENSITIVITIES} | {"rank_pattern": config.rank_pattern}
+
+
+def load_method_state(peft_model: Any, state: Mapping[str, Any]) -> None:
+    """Restore what `method_state` gave."""
+    config = _adalora_config(peft_model)
+    if config is None:
+        return
+    for name in _SENSITIVITIES:
+        setattr(peft_model.base_model.rankallocator, name, dict(state[name]))
+    config.rank_pattern = state["rank_pattern"]
+
+
+_SENSITIVITIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+def _adalora_config(model: Any) -> Any:
+    base = getattr(model, "base_model", None)
+    return model.peft_config["default"] if getattr(base, "rankallocator", None) is not None else None
+
+
 def loraplus_optimizer(
     peft_model: nn.Module,
-    optimizer_class: type[torch.optim.Optimizer],
+    optimizer_class: Callable[..., torch.optim.Optimizer],
     *,
     lr: float,
     ratio: float,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunemap.config import LoraMethod, QloraMethod
+from tunemap.config import AdapterMethod, DataDriven, PeftMethod
 from tunemap.data.batches import Schedule
+from tunemap.data.tokens import Tokens
 from tunemap.distributed.strategies import transformer_blocks, unwrap, wrap
 from tunemap.distributed.world import World
 from tunemap.gates.result import GateResult
-from tunemap.methods.apply import apply_method
+from tunemap.methods.apply import Batches, Start, adapt
+from tunemap.methods.estimation import estimation_batches
+from tunemap.methods.gora import Batch, model_loss
 from tunemap.methods.parameters import ParameterCounts, count_parameters
 from tunemap.models.loading import Quantization, load_model
 from tunemap.run import Run
@@ -35,38 +40,68 @@ class Assembled:
     parameters: ParameterCounts
     blocks: list[nn.Module]
     costs: Costs | None
+    estimation_peak_bytes: int | None
     gates: list[GateResult]
     facts: dict[str, Any]
 
 
-def assemble(run: Run, model_folder: Path, world: World, schedule: Schedule, *, num_labels: int | None) -> Assembled:
-    """Build model, optimizer and scaler of a run on this rank's device."""
+def assemble(
+    run: Run,
+    model_folder: Path,
+    world: World,
+    schedule: Schedule,
+    tokens: Tokens,
+    *,
+    estimating: Callable[[], AbstractContextManager[None]] = nullcontext,
+    planned: dict[str, Any] | None = None,
+) -> Assembled:
+    """Build model, optimizer and scaler of a run on this rank's device.
+
+    `estimating` is opened around what a method computes from data; `planned` is what it had decided before this run
+    was interrupted.
+    """
     factors = run.factors
     precision = PRECISIONS[factors.precision]
-    model = load_model(
-        model_folder,
-        task_kind=run.task_kind,
-        num_labels=num_labels,
-        dtype=precision.frozen if isinstance(run.method, LoraMethod) else precision.trained,
-        quantization=quantization_of(run, precision),
-        attention=factors.attention,
-        seed=factors.seed,
-        device=world.device,
-    )
+
+    def load(quantization: Quantization | None) -> nn.Module:
+        return load_model(
+            model_folder,
+            task_kind=run.task_kind,
+            num_labels=len(tokens.label_names) or None,
+            dtype=precision.frozen if isinstance(run.method, AdapterMethod) else precision.trained,
+            quantization=quantization,
+            attention=factors.attention,
+            seed=factors.seed,
+            device=world.device,
+        )
+
+    model: Any = load(quantization_of(run, precision))
     expected = expected_trainable(model, run)
-    trained = apply_method(
+    adapted = adapt(
         model,
         run.method,
         task_kind=run.task_kind,
         trained_dtype=precision.trained,
-        adapter_dtype=DTYPES[run.method.adapter_dtype] if isinstance(run.method, LoraMethod) else None,
+        adapter_dtype=DTYPES[run.method.adapter_dtype] if isinstance(run.method, AdapterMethod) else None,
         seed=factors.seed,
+        start=Start(
+            batches=lambda shared: _estimation_batches(run, tokens, world, shared=shared),
+            loss_function=lambda model, batch: _estimation_loss(model, batch, precision, world.device.type),
+            load_original=lambda: load(None),
+            total_steps=schedule.steps,
+            estimating=estimating,
+            checkpointing=factors.gradient_checkpointing,
+            planned=planned,
+        ),
     )
+    trained, expected = adapted.model, expected if adapted.trainable is None else adapted.trainable
     if factors.gradient_checkpointing:
         # Not re-entrant: the re-entrant kind needs inputs that require gradients and breaks DDP's hooks.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters, blocks = count_parameters(trained), transformer_blocks(trained)
-    costs = closed_form(trained, model.config, run, schedule, device_type=world.device.type)
+    costs = None  # of what other methods compute besides the model there is no formula
+    if not isinstance(run.method, PeftMethod):
+        costs = closed_form(trained, model.config, run, schedule, device_type=world.device.type)
     facts = {
         "transformer_blocks": len(blocks),
         "adapter_layers": adapter_layers(trained),
@@ -74,32 +109,55 @@ def assemble(run: Run, model_folder: Path, world: World, schedule: Schedule, *, 
         "trained_dtypes": sorted({str(p.dtype) for p in trained.parameters() if p.requires_grad}),
         "frozen_dtypes": sorted({str(p.dtype) for p in trained.parameters() if not p.requires_grad}),
         "compute_dtype": str(precision.compute),
+        **adapted.facts,
     }
     if factors.compile:
         _compile(trained)
     shared = wrap(trained, factors.strategy, world, compute=_gathered_dtype(run, precision))
     optimizer = build_optimizer(
-        shared.parameters(),
+        shared,
         name=factors.optimizer,
         learning_rate=factors.learning_rate,
         weight_decay=factors.weight_decay,
+        learning_rate_ratio=adapted.learning_rate_ratio,
     )
     scaler = torch.amp.GradScaler(world.device.type) if precision.scaler else None
     gates = model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
     state = TrainingState(shared, optimizer, scaler)
-    return Assembled(state, precision, parameters, blocks, costs, gates, facts)
+    return Assembled(state, precision, parameters, blocks, costs, adapted.estimation_peak_bytes, gates, facts)
+
+
+def _estimation_batches(run: Run, tokens: Tokens, world: World, *, shared: bool) -> Batches:
+    """The batches that the method's start looks at: with `shared` all of them, else this rank's share."""
+    assert isinstance(run.method, DataDriven)
+    return list(
+        estimation_batches(
+            tokens,
+            batch_count=run.method.estimation_batches,
+            batch_size=run.method.estimation_batch_size or run.factors.per_device_batch_size,
+            seed=run.factors.seed,
+            device=world.device,
+            **({} if shared else {"rank": world.rank, "world_size": world.size}),
+        )
+    )
+
+
+def _estimation_loss(model: nn.Module, batch: Batch, precision: Precision, device_type: str) -> torch.Tensor:
+    with precision.autocast_context(device_type):
+        return model_loss(model, batch)
 
 
 def quantization_of(run: Run, precision: Precision) -> Quantization | None:
     """The 4-bit storage that a method asks for, with products in the run's compute dtype."""
-    if not isinstance(run.method, QloraMethod):
+    method: Any = run.method
+    if method.base_quantization is None:
         return None
-    return Quantization(run.method.quantization_type, run.method.double_quantization, precision.compute)
+    return Quantization(method.base_quantization, method.double_quantization, precision.compute)
 
 
 def _gathered_dtype(run: Run, precision: Precision) -> torch.dtype | None:
     # 4-bit weights travel as packed bytes; casting them would destroy them.
-    return None if isinstance(run.method, QloraMethod) else precision.autocast
+    return None if run.method.base_quantization else precision.autocast
 
 
 def _compile(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: all that training needs to go on as if nothing had happened, written so that a kill cannot spoil them.
 
     checkpoint/manifest.json     step, digest of the run, world size, strategy, checksum of each file
-    checkpoint/rank0.pt ...      per rank: trained tensors (its shards), optimizer, scaler, random generators
+    checkpoint/rank0.pt ...      per rank: trained tensors (its shards), optimizer, scaler, random generators, memory
 
 A new checkpoint is complete in a folder of its own before it takes the place of the old one by renaming.
 Frozen weights are not in it: they are loaded from the model's folder again.
@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from tunemap.distributed.strategies import unwrap
 from tunemap.distributed.world import World
-from tunemap.errors import UserError
 from tunemap.files import read_json, sha256_of, write_json
+from tunemap.methods.peft_types import load_method_state, method_state
 from tunemap.training.loop import TrainingState
 
 CURRENT, NEXT, OLD = "checkpoint", "checkpoint.next", "checkpoint.old"
@@ -59,7 +59,6 @@ def save(folder: Path, state: TrainingState, world: World, *, digest: str, strat
             "world_size": world.size,
             "step": state.step,
             "elapsed_s": state.elapsed_s,
-            "memory": state.memory,
             "sha256": checksums,
         }
         write_json(target / MANIFEST, manifest)
@@ -67,12 +66,16 @@ def save(folder: Path, state: TrainingState, world: World, *, digest: str, strat
     world.barrier()
 
 
-def find(folder: Path, *, digest: str, strategy: str, world_size: int) -> Found:
-    """Look for a checkpoint that belongs to this very run, and check that it is whole.
+def find(folder: Path, world: World, *, digest: str) -> Found:
+    """Look for a checkpoint that belongs to this very run, and check that it is whole; every rank must call this.
 
-    Raises UserError where one exists that this run cannot use because the number of devices differs: starting anew
-    would throw it away, which is the user's decision.
+    Strategy and number of devices are part of a run's digest: a checkpoint of another layout is another run's.
     """
+    return world.gather(_look(folder, digest) if world.is_main else Found(None, ""))[0]
+
+
+def _look(folder: Path, digest: str) -> Found:
+    """What one rank finds, which moves folders: the others must not look at the same time."""
     current = folder / CURRENT
     if not (current / MANIFEST).exists() and (folder / OLD / MANIFEST).exists():
         current = folder / OLD  # killed between the two renames of `_replace`
@@ -80,11 +83,9 @@ def find(folder: Path, *, digest: str, strategy: str, world_size: int) -> Found:
         return Found(None, "no checkpoint: starting from the first step")
     manifest = read_json(current / MANIFEST)
     if manifest["digest"] != digest:
-        return Found(None, f"the checkpoint in {current} is of another configuration: starting from the first step")
-    if (manifest["strategy"], manifest["world_size"]) != (strategy, world_size):
-        raise UserError(
-            f"{current}: written by {manifest['strategy']} on {manifest['world_size']} devices, this run is {strategy} "
-            f"on {world_size}; run it as before, or delete the folder to start anew"
+        written_by = f"{manifest['strategy']} on {manifest['world_size']} devices"
+        return Found(
+            None, f"{current} was written by another configuration ({written_by}): starting from the first step"
         )
     broken = [name for name, expected in manifest["sha256"].items() if not _whole(current / name, expected)]
     if broken:
@@ -105,12 +106,13 @@ def restore(folder: Path, state: TrainingState, world: World, manifest: dict[str
         for name, tensor in contents["trained"].items():
             _local(trained[name]).copy_(tensor)
     state.optimizer.load_state_dict(contents["optimizer"])
+    load_method_state(unwrap(state.model), contents["method"])
     if state.scaler is not None:
         state.scaler.load_state_dict(contents["scaler"])
     torch.set_rng_state(contents["random"]["torch"].cpu())
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(contents["random"]["cuda"].cpu(), world.device)
-    state.step, state.elapsed_s, state.memory = manifest["step"], manifest["elapsed_s"], manifest["memory"]
+    state.step, state.elapsed_s, state.memory = manifest["step"], manifest["elapsed_s"], contents["memory"]
 
 
 def seed_everything(seed: int, rank: int) -> None:
@@ -128,7 +130,9 @@ def _contents(state: TrainingState) -> dict[str, Any]:
         "trained": {name: _local(tensor).detach() for name, tensor in _trained(state.model).items()},
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict() if state.scaler else None,
+        "method": method_state(unwrap(state.model)),
         "random": generators,
+        "memory": state.memory,
     }
 
 

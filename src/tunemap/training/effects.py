@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from tunemap.config import LoraMethod, QloraMethod
+from tunemap.config import AdapterMethod, LoraMethod, LowRankMethod
 from tunemap.distributed.strategies import transformer_blocks
 from tunemap.gates.model import (
     adapters_gate,
@@ -43,7 +43,7 @@ def expected_trainable(model: nn.Module, run: Run) -> int | None:
     """
     if run.method.kind == "full":
         return count_parameters(model).total
-    if not isinstance(run.method, LoraMethod) or run.method.kind not in ("lora", "qlora"):
+    if not isinstance(run.method, LoraMethod):
         return None
     shapes = {
         name: shape for name, shape in linear_shapes(model).items() if _is_target(name, run.method.target_modules)
@@ -65,11 +65,11 @@ def model_gates(model: nn.Module, run: Run, *, expected: int | None, trainable: 
     """Gates on the model as it is before the first step; `model` is the one inside DDP."""
     results = [trainable_parameters_gate(trainable, expected)] if expected is not None else []
     packed, linears = _packed_layers(model)
-    results.append(quantised_layers_gate(packed, linears, asked=isinstance(run.method, QloraMethod)))
+    results.append(quantised_layers_gate(packed, linears, asked=run.method.base_quantization is not None))
     units = sum(isinstance(module, FSDPModule) for module in model.modules())
     sharded = run.factors.strategy in ("fsdp", "hybrid")
     results.append(fsdp_units_gate(units, len(transformer_blocks(model)), sharded=sharded))
-    if isinstance(run.method, LoraMethod):
+    if isinstance(run.method, LowRankMethod):
         dtypes = {_name(p.dtype) for name, p in model.named_parameters() if "lora_" in name}
         results.append(adapters_gate(adapter_layers(model), dtypes, run.method.adapter_dtype))
     return results
@@ -95,7 +95,7 @@ def _packed_layers(model: nn.Module) -> tuple[int, int]:
 def step_gates(run: Run, seen: Seen, blocks: int) -> list[GateResult]:
     """Gates on what one step computed."""
     factors, precision = run.factors, PRECISIONS[run.factors.precision]
-    compute = precision.compute if isinstance(run.method, LoraMethod) else precision.autocast or precision.trained
+    compute = precision.compute if isinstance(run.method, AdapterMethod) else precision.autocast or precision.trained
     return [
         recomputation_gate(
             seen.block_computations, blocks, factors.gradient_accumulation, asked=factors.gradient_checkpointing

@@ -19,11 +19,13 @@ from torch.nn.functional import cross_entropy
 from tunemap.config import Factors
 from tunemap.data.batches import Schedule
 from tunemap.data.collate import IGNORED, Batch
-from tunemap.distributed.strategies import gradient_sync
+from tunemap.distributed.strategies import gradient_sync, unwrap
 from tunemap.distributed.world import World
 from tunemap.measure.clock import StepClock
 from tunemap.measure.memory import LiveStorage, track_live_storage
 from tunemap.measure.witness import Witness
+from tunemap.methods.peft_types import after_optimizer_step, penalty
+from tunemap.training.optimizer import LEARNING_RATE_RATIO
 from tunemap.training.precision import Precision
 from tunemap.training.schedule import learning_rate_multiplier
 from tunemap.training.steps import StepRecord
@@ -114,6 +116,7 @@ class Loop:
                 with phase("forward"), self.precision.autocast_context(self.world.device.type):
                     # Gradients are averaged over ranks; times the world size, the sum is over all label tokens.
                     loss = loss_sum(model, batch) / self.label_tokens[step] * self.world.size
+                    loss = loss + penalty(unwrap(model)) / self.factors.gradient_accumulation
                 clock.mark("forward")
                 with phase("backward"):
                     (scaler.scale(loss) if scaler else loss).backward()
@@ -129,6 +132,7 @@ class Loop:
                 scaler.update()
             else:
                 optimizer.step()
+            after_optimizer_step(unwrap(model), step)
             optimizer.zero_grad()
         clock.mark("optimizer")
         epoch = self.schedule.epoch(step)
@@ -149,7 +153,7 @@ class Loop:
             total_steps=self.schedule.steps,
         )
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(LEARNING_RATE_RATIO, 1.0)
         return learning_rate
 
     def _watched_step(self, first: int) -> int:
@@ -201,6 +205,8 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     Labels are shifted already, so the logits are taken as they are.
     """
     logits = model(**batch.inputs).logits
+    if batch.labels.dim() == 2:
+        logits = logits[:, -batch.labels.shape[1] :]  # behind the virtual tokens of prompt tuning
     return cross_entropy(logits.flatten(0, -2).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

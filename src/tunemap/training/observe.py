@@ -67,7 +67,7 @@ class Observer:
             self._energy.__exit__(None, None, None)
         record = asdict(memory_record(self._world.device))
         tracked = {name: value for name, value in (self._assembled.state.memory or {}).items() if name != "peak_phase"}
-        self._memory = record | tracked
+        self._memory = record | tracked | {"estimation_peak_bytes": self._assembled.estimation_peak_bytes}
         self._states.append(device_state(self._world.device))
         self._after = weight_checksums(self._assembled.state.model)
 

@@ -14,27 +14,48 @@ from tunemap.methods.peft_types import loraplus_optimizer
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+LEARNING_RATE_RATIO = "learning_rate_ratio"  # of a parameter group to the run's learning rate; 1 where absent
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], *, name: str, learning_rate: float, weight_decay: float
+    model: nn.Module, *, name: str, learning_rate: float, weight_decay: float, learning_rate_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
-    """AdamW by name over the trained parameters.
+    """The optimizer called `name` over the trained parameters of `model`; with a ratio, in the groups of LoRA+.
 
     `adamw` is torch's fused kernel: one pass over the states and no temporary the size of the gradients, which the
-    foreach default needs. The others are bitsandbytes'; they do not know sharded tensors and run on local shards.
+    foreach default needs. `adafactor` keeps row and column means of the squared gradient in place of two moments
+    (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235). The others are bitsandbytes'; they do not know sharded
+    tensors and run on local shards.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    options: dict[str, Any] = {"lr": learning_rate, "betas": BETAS, "eps": EPSILON, "weight_decay": weight_decay}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind, options = _kind(name)
+    on_shards = name != "adamw" and any(isinstance(parameter, DTensor) for parameter in trained)
+    if learning_rate_ratio != 1.0:
+        if on_shards:
+            raise UserError(f"optimizer {name}: cannot have the two learning rates of LoRA+ over shards; use adamw")
+        grouped = loraplus_optimizer(
+            model, kind, lr=learning_rate, ratio=learning_rate_ratio, weight_decay=weight_decay, **options
+        )
+        for group in grouped.param_groups:
+            group[LEARNING_RATE_RATIO] = group["lr"] / learning_rate
+        return grouped
+    options |= {"lr": learning_rate, "weight_decay": weight_decay}
+    if on_shards:
+        return LocalShardOptimizer(trained, lambda shards: kind(shards, **options))
+    return kind(trained, **options)
+
+
+def _kind(name: str) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
+    """Class and options of an optimizer by its name in a study."""
+    if name == "adafactor":
+        return torch.optim.Adafactor, {}
+    options: dict[str, Any] = {"betas": BETAS, "eps": EPSILON}
     if name == "adamw":
-        return torch.optim.AdamW(trained, fused=True, **options)
+        return torch.optim.AdamW, options | {"fused": True}
     import bitsandbytes.optim as bnb
 
     classes = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW, "paged_adamw_8bit": bnb.PagedAdamW8bit}
-    if any(isinstance(parameter, DTensor) for parameter in trained):
-        return LocalShardOptimizer(trained, lambda shards: classes[name](shards, **options))
-    optimizer: torch.optim.Optimizer = classes[name](trained, **options)
-    return optimizer
+    return classes[name], options
 
 
 class LocalShardOptimizer(torch.optim.Optimizer):

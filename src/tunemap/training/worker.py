@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a broken one must still 
     from tunemap.training.assemble import Assembled
 
 RESULT, PROGRESS, ENVIRONMENT = "result.json", "progress.json", "environment.json"
+PLANNED = "gora.json"  # what a method decided from data; a resumed run must not decide anew
 CHECKPOINT_SECONDS = 60.0
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -130,7 +131,7 @@ def _train(job: Job, progress: Progress) -> None:
         from tunemap.training.assemble import assemble
         from tunemap.training.observe import Observer
 
-        world = join_world(job.device, strategy=factors.strategy)
+        world = join_world(job.device, strategy=factors.strategy, expected_size=factors.gpus)
     if world.is_main:
         write_json(job.work / ENVIRONMENT, _environment(job, world))
     with progress.during("data"), parts.part("load"):
@@ -148,10 +149,21 @@ def _train(job: Job, progress: Progress) -> None:
             max_steps=factors.max_steps,
         )
     with progress.during("load"), parts.part("load"):
-        assembled = assemble(run, job.model, world, schedule, num_labels=len(tokens.label_names) or None)
+        found = checkpoint.find(job.work, world, digest=run.training_digest)
+        known = found.manifest is not None and (job.work / PLANNED).exists()
+        assembled = assemble(
+            run,
+            job.model,
+            world,
+            schedule,
+            tokens,
+            estimating=partial(parts.part, "estimation"),
+            planned=read_json(job.work / PLANNED) if known else None,
+        )
         state = assembled.state
+        if world.is_main and "gora" in assembled.facts:
+            write_json(job.work / PLANNED, assembled.facts["gora"])
         checkpoint.seed_everything(factors.seed, world.rank)
-        found = checkpoint.find(job.work, digest=run.training_digest, strategy=factors.strategy, world_size=world.size)
         if found.manifest is not None:
             checkpoint.restore(job.work, state, world, found.manifest)
         if world.is_main:
@@ -161,7 +173,7 @@ def _train(job: Job, progress: Progress) -> None:
     with progress.during("train"), parts.part("training"):
         _run_loop(job, progress, parts, world, tokens, schedule, assembled, observer)
     observer.after_training()
-    with progress.during("save"), parts.part("checkpoint"):
+    with progress.during("save"), parts.part("save"):
         from tunemap.training.weights import save_weights
 
         save_weights(state.model, run, job.model, job.weights, world)

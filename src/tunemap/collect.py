@@ -19,7 +19,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ import pandas as pd
 
 from tunemap.errors import UserError
 from tunemap.files import read_json, write_atomic
+from tunemap.gates.comparison import memory_prediction_gate
+from tunemap.gates.measurement import mfu_bounds_gate
+from tunemap.measure.datasheet import datasheet_columns, hardware_of
 from tunemap.report import tables
 
 OUTCOMES = ("ok", "oom", "timeout", "error", "invalid", "unsupported")  # of a run; collect adds `missing`
@@ -58,6 +61,25 @@ MEASUREMENTS = (
     "optimizer_bytes",
     "activations_bytes",
     "other_bytes",
+    "step_period_mean_s",
+    "cpu_time_mean_s",
+    "tokens_per_step_mean",
+    "model_flops_per_step",
+    "hardware_flops_per_step",
+    "model_flops_per_second",
+    "mfu_measured",
+    "hfu_measured",
+    "mfu_datasheet",
+    "hfu_datasheet",
+    "energy_joules",
+    "energy_window_s",
+    "energy_window_tokens",
+    "energy_per_token_joules",
+    "energy_per_10k_tokens_joules",
+    "power_limit_joules",
+    "cost",
+    "cost_per_10k_tokens",
+    "cost_currency",
     "train_loss",
     "trainable_parameters",
     "total_parameters",
@@ -69,15 +91,19 @@ MEASUREMENTS = (
     "train_time_s",
     "checkpoint_time_s",
     "save_time_s",
+    "other_time_s",
     "wall_time_s",
     "tokens",
+    "label_tokens",
+    "padded_tokens",
+    "padding_waste_share",
     "samples",
+    "steps_planned",
     "data_order_hash",
 )
 EVALUATION = ("task", "task_kind", "split", "metric", "correct", "accuracy", "accuracy_low", "accuracy_high")
 EVALUATION_DETAILS = ("accuracy_flexible", "malformed_share", "truncated_share", "evaluation_time_s")
 LOSS_ROWS = 300  # rows per run in losses.csv; a longer curve is averaged over windows of steps
-MEMORY_PREDICTION_TOLERANCE = 0.10  # predicted against measured peak memory
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,7 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
         if curve is not None:
             curve.insert(0, "run", run)
             losses.append(curve)
-        results[run] = _apply_gates(result)
+        results[run] = _apply_gates(_with_datasheet(result, plan["hardware"].get("description")))
     points, comparisons, comparison_gates = tables.compare(plan, results)
     memberships: dict[str, list[str]] = {run: [] for run in results}
     for experiment, run in _memberships(plan):
@@ -291,6 +317,20 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
+def _with_datasheet(result: tables.Result, description: str | None) -> tables.Result:
+    """Add what follows from the description of the device: utilisation against its datasheet, and cost."""
+    if not result.measurements:
+        return result
+    factors = result.planned["factors"]
+    columns = datasheet_columns(
+        result.measurements,
+        hardware_of(result.environment, description),
+        precision=factors["precision"],
+        devices=factors["gpus"],
+    )
+    return replace(result, measurements=result.measurements | {k: v for k, v in columns.items() if v is not None})
+
+
 # --- gates of a single run --------------------------------------------------------------------------------
 
 
@@ -311,14 +351,12 @@ def _apply_gates(result: tables.Result) -> tables.Result:
 
 def bounds(measurements: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Gate 8: no device does more than its peak, and a memory model that is 10 % off explains nothing."""
-    for name in [name for name in measurements if name.startswith("mfu") and _is_number(measurements[name])]:
-        value = measurements[name]
-        yield _gate("mfu_bounds", f"{name} is {value:.4g}, must be in (0, 1]", passed=0 < value <= 1, fatal=True)
+    for name, value in measurements.items():
+        if name.startswith(("mfu_", "hfu_")) and _is_number(value):
+            yield asdict(mfu_bounds_gate(name, value))
     predicted, measured = measurements.get("predicted_peak_bytes"), measurements.get("peak_allocated_bytes")
     if _is_number(predicted) and _is_number(measured) and measured:
-        error = predicted / measured - 1
-        message = f"predicted peak memory is {error:+.1%} off the measured, allowed: ±{MEMORY_PREDICTION_TOLERANCE:.0%}"
-        yield _gate("memory_prediction", message, passed=abs(error) <= MEMORY_PREDICTION_TOLERANCE)
+        yield asdict(memory_prediction_gate(float(predicted or 0), float(measured)))
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 PHASES = ("data", "forward", "backward", "optimizer")
-PARTS = ("load", "compile", "estimation", "training", "evaluation", "checkpoint", "other")
+PARTS = ("load", "compile", "estimation", "training", "evaluation", "checkpoint", "save", "other")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,35 @@ DEFINITIONS: dict[str, Definition] = {
     "optimizer_bytes": Definition("bytes", "Of the peak: states of the optimizer.", TRACKER),
     "activations_bytes": Definition("bytes", "Of the peak: what the forward pass keeps for the backward.", TRACKER),
     "other_bytes": Definition("bytes", "Of the peak: everything else, such as batches and workspaces.", TRACKER),
+    "step_period_mean_s": Definition(
+        "s", "Mean over measured steps of step time and data wait: what throughput divides by.", "as step time"
+    ),
+    "cpu_time_mean_s": Definition("s", "CPU time of a process per measured step, all its threads.", "kernel"),
+    "tokens_per_step_mean": Definition("tokens", "Real tokens of a measured step, all devices together.", COUNT),
+    "model_flops_per_step": Definition(
+        "FLOPs", "What the mathematics of a measured step needs, recomputation left out; all devices.", "closed form"
+    ),
+    "hardware_flops_per_step": Definition(
+        "FLOPs", "What the devices compute in a measured step, recomputation included.", "closed form"
+    ),
+    "model_flops_per_second": Definition("FLOPs/s", "Model FLOPs of a step over its period; all devices.", "both"),
+    "mfu_measured": Definition("share", "Model FLOPs/s over the best matrix product of this device.", "both"),
+    "hfu_measured": Definition("share", "Hardware FLOPs/s over the best matrix product of this device.", "both"),
+    "mfu_datasheet": Definition("share", "Model FLOPs/s over the dense peak of the datasheet.", "both"),
+    "hfu_datasheet": Definition("share", "Hardware FLOPs/s over the dense peak of the datasheet.", "both"),
+    "energy_joules": Definition(
+        "J", "Energy of the boards from the end of warm-up to the end of training.", "NVML counter; empty without one"
+    ),
+    "energy_window_s": Definition("s", "Length of the energy window.", "host clock"),
+    "energy_window_tokens": Definition("tokens", "Real tokens trained on in the energy window.", COUNT),
+    "energy_per_token_joules": Definition("J/token", "Energy of the window over its tokens.", "NVML counter"),
+    "energy_per_10k_tokens_joules": Definition("J", "Energy of 10,000 real tokens.", "NVML counter"),
+    "power_limit_joules": Definition(
+        "J", "Power limit times the window: an upper estimate and no measurement.", "power limit of the driver"
+    ),
+    "cost": Definition("currency", "Price per device-hour × devices × wall time.", "hardware file"),
+    "cost_per_10k_tokens": Definition("currency", "The same for 10,000 tokens at the measured speed.", "hardware file"),
+    "cost_currency": Definition("", "Currency of the price.", "hardware file"),
     "train_loss": Definition(
         "nats/token", "Training loss at the end: mean over the last logging window, per label token.", "model"
     ),
@@ -66,8 +95,13 @@ DEFINITIONS: dict[str, Definition] = {
     "train_time_s": Definition("s", "All training steps, warm-up included.", "host clock"),
     "checkpoint_time_s": Definition("s", "Writing checkpoints.", "host clock"),
     "save_time_s": Definition("s", "Writing the result.", "host clock"),
+    "other_time_s": Definition("s", "What is in no other part, such as the fingerprint.", "host clock"),
     "wall_time_s": Definition("s", "The whole run; the parts above add up to it within 2 %.", "host clock"),
     "tokens": Definition("tokens", "Real tokens trained on.", COUNT),
+    "label_tokens": Definition("tokens", "Tokens trained on that carry a label.", COUNT),
+    "padded_tokens": Definition("tokens", "Positions computed, padding included.", COUNT),
+    "padding_waste_share": Definition("share", "Share of positions that are padding.", COUNT),
+    "steps_planned": Definition("steps", "Optimizer steps of the schedule.", COUNT),
     "samples": Definition("examples", "Examples trained on, repeats included.", COUNT),
     "data_order_hash": Definition(
         "", "Digest of the examples in their order; equal for all methods of a seed.", "data"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import pandas as pd
 
 from tunemap import statistics
 from tunemap.config import EVALUATION_FACTORS
+from tunemap.gates import GateResult, order_gate
+from tunemap.gates.comparison import equal_factors_gate, interval_gate, speed_up_bound_gate
 from tunemap.statistics import NOT_DISTINGUISHABLE, Comparison, Interval
 
 # What a row without fine-tuning shares with the runs that it belongs to; its other factors mean nothing.
@@ -26,8 +28,6 @@ DATA_FACTORS = frozenset(
     {"model", "dataset", "strategy", "gpus", "per_device_batch_size", "gradient_accumulation", "max_length"}
     | {"batching", "max_steps", "epochs"}
 )
-# Training without weight gradients of the frozen part needs 4 of 6 FLOPs per token and parameter.
-LARGEST_ADAPTER_SPEED_UP = 1.5
 
 SEPARATOR = " · "  # in the label of a point
 POINT_MEASURES = (  # mean over seeds with t interval
@@ -335,7 +335,7 @@ def _unequal_orders(first: Point, second: Point, vary: list[str]) -> list[str]:
     ]
     for seed in orders[0].keys() & orders[1].keys():
         one, other = orders[0][seed], orders[1][seed]
-        if one and other and one != other:
+        if one and other and not order_gate({"this": one, "other": other}).passed:
             return [f"the order of the training examples of seed {seed} ({one} against {other})"]
     return []
 
@@ -400,12 +400,11 @@ def _comparison(point: Point, baseline: Point, vary: list[str]) -> dict[str, Any
     named: list[str] = []
     if not point.is_base:
         refused, named = unequal_factors(point, baseline, vary)
-        unequal = f"{point.label} differs from {baseline.label} in more than the varied factors: {'; '.join(refused)}"
-        message = unequal if refused else f"equal to {baseline.label} but for the varied factors"
-        row["gates"].append(_gate(point, "equal_factors", not refused, message))
+        equal = equal_factors_gate(point.label, baseline.label, refused)
+        row["gates"].append(_gate(point, equal))
     unusable = [one for one in (point, baseline) if not one.ok]
     if refused:
-        row["refused"] = unequal
+        row["refused"] = equal.message
     elif unusable:
         row["refused"] = "; ".join(f"{one.label} has no run that ended ok ({_endings(one)})" for one in unusable)
     if "refused" in row:
@@ -443,16 +442,8 @@ def _paired(point: Point, baseline: Point) -> tuple[np.ndarray, np.ndarray]:
     return (correct, reference) if same else (np.zeros((0, 0)), np.zeros((0, 0)))
 
 
-def _gate(point: Point, name: str, passed: bool, message: str) -> dict[str, Any]:
-    return {
-        "scope": "comparison",
-        "experiment": point.experiment,
-        "subject": point.label,
-        "gate": name,
-        "passed": passed,
-        "fatal": False,
-        "message": message,
-    }
+def _gate(point: Point, result: GateResult) -> dict[str, Any]:
+    return {"scope": "comparison", "experiment": point.experiment, "subject": point.label, **asdict(result)}
 
 
 def _speed_gates(point: Point, baseline: Point, ratio: Interval) -> Iterator[dict[str, Any]]:
@@ -467,15 +458,8 @@ def _speed_gates(point: Point, baseline: Point, ratio: Interval) -> Iterator[dic
     )
     if kinds[0] != "full" and kinds[1] == "full" and same:
         surely = ratio.low if ratio.is_known else ratio.estimate
-        message = (
-            f"{ratio.estimate:.2f}× the throughput of {baseline.label} with the same batch; leaving out weight "
-            f"gradients explains at most {LARGEST_ADAPTER_SPEED_UP}×"
-        )
-        yield _gate(point, "speed_up_bound", surely <= LARGEST_ADAPTER_SPEED_UP, message)
-    message = "throughput ratio has an interval"
-    if not ratio.is_known:
-        message = f"{point.label} against {baseline.label}: a throughput of one run has no interval and ranks nothing"
-    yield _gate(point, "interval", ratio.is_known, message)
+        yield _gate(point, speed_up_bound_gate(baseline.label, ratio.estimate, surely))
+    yield _gate(point, interval_gate(point.label, baseline.label, known=ratio.is_known))
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -250,7 +251,7 @@ def _described(run: Run, paths: Paths, finished: Finished | None) -> dict[str, A
             failure = Failure("invalid", reason(trips), 0, "train", progress.get("step"), None)
     environment = paths.work / "environment.json"
     known = {
-        "measurements": measurements,
+        "measurements": {name: _finite(value) for name, value in measurements.items()},
         "memory_by_rank": result.get("memory", []),
         "gates": [asdict(gate) for gate in gates],
         "facts": result.get("facts", {}),
@@ -282,6 +283,11 @@ def _outcome(run: Run, known: dict[str, Any], failure: Failure | None) -> dict[s
     }
 
 
+def _finite(value: Any) -> Any:
+    """A NaN or an infinity is no measurement (and no JSON); steps.csv keeps it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _identities(result: dict[str, Any], measurements: dict[str, Any], finished: Finished) -> Iterator[GateResult]:
     """The gates that need what is known only here: the times of all ranks, and the wall seen from outside."""
     yield throughput_gate(measurements)
@@ -306,6 +312,7 @@ def _from_result(result: dict[str, Any], measured: list[int]) -> dict[str, Any]:
         "estimation_time_s": parts["estimation"],
         "train_time_s": parts["training"],
         "checkpoint_time_s": parts["checkpoint"],
+        "save_time_s": parts["save"],
         "other_time_s": parts["other"],
         "wall_time_s": sum(parts.values()),
         "data_order_hash": result["data_order_hash"],

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def prepared(tmp_path_factory) -> Prepared:
     return Prepared(root / "model", root / "dataset", root / "tokens")
 
 
+@pytest.fixture(name="make_run")
+def make_run_fixture():
+    """`make_run` for tests."""
+    return make_run
+
+
 def make_run(method: dict[str, Any], **factors: Any) -> Run:
     """A run of the tiny model with the factors above, but for those given."""
     return Run.model_validate(
@@ -105,23 +112,38 @@ class Ended:
         return found
 
 
+def run_once(
+    prepared: Prepared,
+    folder: Path,
+    method: dict[str, Any],
+    *,
+    device: str = "cpu",
+    ceilings: Path | None = None,
+    **factors: Any,
+) -> Ended:
+    """Launch a run in processes of its own, and read what it left in `folder`."""
+    run = make_run(method, **factors)
+    paths = Paths(
+        model=prepared.model,
+        dataset=prepared.dataset,
+        tokens=prepared.tokens,
+        work=folder / "work",
+        weights=folder / "weights",
+        steps=folder / "steps.csv",
+        outcome=folder / "outcome.json",
+        ceilings=ceilings,
+    )
+    code = launch(run, paths, device=device)
+    return Ended(json.loads(paths.outcome.read_text()), paths.steps.read_text(), paths, code)
+
+
 @pytest.fixture
 def train(prepared, tmp_path):
-    """Launch a run in processes of its own, and read what it left."""
+    """Launch a run of this test."""
+    return partial(run_once, prepared, tmp_path / "run")
 
-    def train(method: dict[str, Any], *, device: str = "cpu", model: Path | None = None, **factors: Any) -> Ended:
-        run = make_run(method, **factors)
-        folder = tmp_path / "run"
-        paths = Paths(
-            model=model or prepared.model,
-            dataset=prepared.dataset,
-            tokens=prepared.tokens,
-            work=folder / "work",
-            weights=folder / "weights",
-            steps=folder / "steps.csv",
-            outcome=folder / "outcome.json",
-        )
-        code = launch(run, paths, device=device)
-        return Ended(json.loads(paths.outcome.read_text()), paths.steps.read_text(), paths, code)
 
-    return train
+@pytest.fixture(scope="module")
+def train_once(prepared, tmp_path_factory):
+    """Launch a run that the tests of a module share."""
+    return partial(run_once, prepared, tmp_path_factory.mktemp("runs") / "run")

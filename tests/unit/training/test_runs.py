@@ -1,0 +1,110 @@
+"""Real runs of a tiny model: every gate passes, and the columns are what they are defined to be."""
+
+import csv
+import io
+
+import pytest
+
+from tunemap.gates.result import GATES
+from tunemap.measure.ceiling import Ceiling, store
+
+RUN_GATES = {  # those that every trained run must have
+    *("labels", "truncation", "disjoint", "trainable_parameters", "quantised_layers", "recomputation", "fsdp_units"),
+    *("optimizer_state", "attention", "autocast", "compile", "finite_loss", "gradient_norm", "frozen_weights"),
+    *("trained_weights", "ranks_disjoint", "batches", "throughput", "training_time", "wall", "flops"),
+}
+
+
+def tripped(ended) -> list[str]:
+    """Gates that tripped, but for the one that speaks of the machine's other users."""
+    return [g["message"] for g in ended.outcome["gates"] if not g["passed"] and g["gate"] != "cpu_share"]
+
+
+def rows(ended) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(ended.steps)))
+
+
+@pytest.fixture(scope="module")
+def lora(train_once):
+    """A LoRA run with recomputation, gradient accumulation and autocast."""
+    return train_once(
+        {"kind": "lora", "rank": 4},
+        gradient_checkpointing=True,
+        gradient_accumulation=2,
+        max_steps=5,
+        precision="bf16",
+    )
+
+
+def test_every_gate_passes_in_a_sound_run(lora):
+    assert lora.outcome["outcome"] == "ok", lora.outcome["reason"]
+    assert {gate["gate"] for gate in lora.outcome["gates"]} >= RUN_GATES | {"adapters"}
+    assert tripped(lora) == []
+    assert "computed 8 times in 2 micro-batches" in lora.gate("recomputation")["message"]
+    assert "bfloat16" in lora.gate("autocast")["message"]
+
+
+def test_warm_up_watched_and_tracked_steps_are_not_measured(lora):
+    measured = [int(row["measured"]) for row in rows(lora)]
+    assert measured[:2] == [0, 0]  # warm-up; the first step is also the watched one
+    assert measured[2:].count(0) <= 1  # the tracked step, unless it is one of the first two
+    assert lora.measurements["measured_steps"] == sum(measured)
+
+
+def test_flops_and_throughput_divide_by_the_same_period(lora):
+    values = lora.measurements
+    measured = [row for row in rows(lora) if row["measured"] == "1"]
+    period = sum(float(row["step_time_s"]) + float(row["data_time_s"]) for row in measured) / len(measured)
+    assert values["step_period_mean_s"] == pytest.approx(period)
+    assert values["model_flops_per_second"] == pytest.approx(values["model_flops_per_step"] / period)
+    tokens = sum(int(row["real_tokens"]) for row in measured) / len(measured)
+    assert values["tokens_per_second"] == pytest.approx(tokens / period)
+    assert values["hardware_flops_per_step"] > 1.2 * values["model_flops_per_step"]  # recomputation
+
+
+def test_what_a_cpu_cannot_tell_is_empty_and_never_zero(lora):
+    for name in ("energy_joules", "power_limit_joules", "peak_reserved_bytes", "driver_process_bytes", "mfu_measured"):
+        assert lora.measurements[name] is None
+
+
+def test_the_fingerprint_is_that_of_the_training_process(lora, prepared):
+    environment = lora.outcome["environment"]
+    assert environment["threads"]["torch"] == 1
+    assert environment["variables"]["OMP_NUM_THREADS"] == "1"
+    assert set(environment["inputs"]) == {"model", "dataset", "tokens"}
+
+
+def test_full_fine_tuning_measures_utilisation_against_the_ceiling(train, tmp_path, monkeypatch):
+    ceilings = tmp_path / "ceilings.json"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the ceiling of a CPU belongs to a number of threads
+    store(ceilings, "cpu", Ceiling("float32", 1e12, 512, 2))
+    ended = train({"kind": "full"}, ceilings=ceilings, attention="eager")
+    assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
+    assert tripped(ended) == []
+    values = ended.measurements
+    assert values["mfu_measured"] == pytest.approx(values["model_flops_per_second"] / 1e12)
+    assert values["trainable_parameters"] == values["total_parameters"]
+    assert ended.gate("attention")["message"] == "attention eager: plain matrix products ran"
+
+
+def test_qlora_holds_its_base_in_4_bits(train):
+    ended = train({"kind": "qlora", "rank": 2}, optimizer="adamw_8bit", max_steps=4)
+    assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
+    assert tripped(ended) == []
+    assert "14 of 14 linear layers" in ended.gate("quantised_layers")["message"]
+    assert "Linear4bit" in ended.gate("adapters")["message"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_agree(train, strategy):
+    ended = train({"kind": "lora", "rank": 2}, strategy=strategy, gpus=2, per_device_batch_size=2, max_steps=4)
+    assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
+    assert tripped(ended) == []
+    assert ended.gate("fsdp_units")["message"].startswith("3 FSDP" if strategy == "fsdp" else "0 FSDP")
+    assert [record["rank"] for record in ended.outcome["memory_by_rank"]] == [0, 1]
+    assert ("replicas" in {gate["gate"] for gate in ended.outcome["gates"]}) == (strategy == "ddp")
+
+
+def test_every_gate_name_in_a_result_is_registered(lora):
+    registered = {gate.name for gate in GATES}
+    assert {gate["gate"] for gate in lora.outcome["gates"]} <= registered

@@ -13,6 +13,7 @@ import itertools
 import re
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -50,8 +51,9 @@ def read_nsys(path: Path, keep_range: Callable[[str], bool]) -> Trace:
     a file that is damaged, locked, or from before nsys 2022.
     """
     try:
-        with _Export(path) as export:
-            return export.read(keep_range)
+        uri = _uri(path)
+        with path.open("rb") as file, closing(sqlite3.connect(uri, uri=True, timeout=0.5)) as connection:
+            return _Export(path, connection, file.fileno()).read(keep_range)
     except sqlite3.Error as error:
         raise UserError(_explain(path, error)) from error
     except (TypeError, ValueError, OverflowError) as error:
@@ -73,7 +75,8 @@ def _uri(path: Path) -> str:
     `immutable=1` makes SQLite ignore locks and journals. That is wrong while an export is being written, and needed
     for write-ahead-log files, for which even a reader would create -wal and -shm beside the input.
     """
-    header = path.open("rb").read(100)
+    with path.open("rb") as file:
+        header = file.read(100)
     size = path.stat().st_size
     page_bytes = int.from_bytes(header[16:18], "big")
     page_bytes = 65536 if page_bytes == 1 else page_bytes
@@ -97,22 +100,17 @@ def _uri(path: Path) -> str:
 class _Export:
     """One open export."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, descriptor: int) -> None:
         self.path = path
+        self.connection = connection
+        self.descriptor = descriptor
         self.notes: list[str] = []
         self.strings: dict[int, str] = {}
         self.names: dict[str, int] = {}
         self.processes: dict[int, int] = {}  # globalPid >> 24 -> index
-
-    def __enter__(self) -> "_Export":
-        self.connection = sqlite3.connect(_uri(self.path), uri=True, timeout=0.5)
-        self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-        self.connection.execute("PRAGMA query_only = ON")
-        self.connection.execute("BEGIN")  # with the first SELECT: nobody changes the pages until the end
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection.execute("PRAGMA query_only = ON")
+        connection.execute("BEGIN")  # with the first SELECT: nobody changes the pages until the end
 
     def read(self, keep_range: Callable[[str], bool]) -> Trace:
         tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
@@ -180,7 +178,7 @@ class _Export:
         if any(key for *_, key in info):
             return None
         (root,) = self.connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", [table]).fetchone()
-        return integer_columns(self.path, root, [position[n] for n in stored], [defaults[n] for n in stored])
+        return integer_columns(self.descriptor, root, [position[n] for n in stored], [defaults[n] for n in stored])
 
     def _rows(self, table: str, stored: list[str], defaults: dict[str, int]) -> list[Array]:
         """The same through sqlite3, a chunk of Python integers at a time."""

@@ -12,7 +12,6 @@ transaction, so that no writer changes the pages meanwhile.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -31,11 +30,12 @@ class _UnsupportedError(Exception):
     """This table needs a real SQLite."""
 
 
-def integer_columns(path: Path, root: int, columns: Sequence[int], defaults: Sequence[int]) -> list[Array] | None:
+def integer_columns(descriptor: int, root: int, columns: Sequence[int], defaults: Sequence[int]) -> list[Array] | None:
     """The values of some columns, in the order of the rows.
 
     Args:
-        path: the database file.
+        descriptor: the database file, open for reading. It must stay open as long as the transaction of the caller:
+            on POSIX, closing any descriptor of a file gives up all locks that the process has on it.
         root: root page of the table (`sqlite_master.rootpage`).
         columns: positions of the wanted columns in the table; none may be an alias of the rowid.
         defaults: what a NULL in each wanted column means.
@@ -43,13 +43,12 @@ def integer_columns(path: Path, root: int, columns: Sequence[int], defaults: Seq
     Returns:
         One int64 array per column, or None when the table is not as simple as that.
     """
+    header = os.pread(descriptor, 100, 0)
+    page_bytes = int.from_bytes(header[16:18], "big")
+    page_bytes = 65536 if page_bytes == 1 else page_bytes
     try:
-        with path.open("rb") as file:
-            header = file.read(100)
-            page_bytes = int.from_bytes(header[16:18], "big")
-            page_bytes = 65536 if page_bytes == 1 else page_bytes
-            return _Table(file.fileno(), page_bytes, page_bytes - header[20]).read(root, columns, defaults)
-    except (_UnsupportedError, IndexError, ValueError):
+        return _Table(descriptor, page_bytes, page_bytes - header[20]).read(root, columns, defaults)
+    except (_UnsupportedError, IndexError, ValueError, ZeroDivisionError):
         return None
 
 

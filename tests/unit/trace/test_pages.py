@@ -21,7 +21,8 @@ integers = st.one_of(
 def decode(path, table="t", columns=(0, 1, 2), defaults=(7, 8, 9)):
     with sqlite3.connect(path) as database:
         (root,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", [table]).fetchone()
-    return integer_columns(path, root, columns, defaults)
+    with path.open("rb") as file:
+        return integer_columns(file.fileno(), root, columns, defaults)
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,7 +89,8 @@ def test_a_truncated_file_is_none(tmp_path):
         database.executemany("INSERT INTO t VALUES (?,?,?)", [(i, i, i) for i in range(5000)])
         (root,) = database.execute("SELECT rootpage FROM sqlite_master").fetchone()
     path.write_bytes(path.read_bytes()[: 4096 * 10])
-    assert integer_columns(path, root, (0,), (0,)) is None
+    with path.open("rb") as file:
+        assert integer_columns(file.fileno(), root, (0,), (0,)) is None
 
 
 @pytest.mark.parametrize(

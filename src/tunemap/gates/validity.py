@@ -82,10 +82,15 @@ def explain(gate: Gate) -> Explained:
 
 
 def gates() -> list[Gate]:
-    """Every gate by number, in the order of the modules."""
+    """Every gate by number, then in the order of the modules and of their lines."""
     for module in MODULES:
         importlib.import_module(f"tunemap.gates.{module}")
-    return sorted(GATES, key=lambda gate: gate.number)
+
+    def place(gate: Gate) -> tuple[int, int, int]:
+        module = gate.function.__module__.rpartition(".")[2]
+        return gate.number, MODULES.index(module), inspect.getsourcelines(gate.function)[1]
+
+    return sorted(GATES, key=place)
 
 
 def read_flaws(path: Path) -> list[Flaw]:

@@ -1,0 +1,252 @@
+"""`tunemap verify` on a small sound study, and after each kind of tampering."""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunemap.collect import write_tables
+from tunemap.config import BaseMethod, DatasetConfig, Factors, FullMethod, LoraMethod, TinyModel
+from tunemap.data.answers import score
+from tunemap.errors import UserError
+from tunemap.run import Run
+from tunemap.statistics import wilson
+from tunemap.training.steps import StepRecord, summarise_steps, to_csv
+from tunemap.verify import add_verify_arguments, run_verify, verify
+
+PARTS = ("load", "compile", "estimation", "train", "checkpoint", "save", "other")
+
+
+def make_run(name: str, method: Any) -> Run:
+    return Run(
+        id=name,
+        model_name="tiny",
+        model=TinyModel(source="tiny"),
+        dataset_name="arithmetic",
+        dataset=DatasetConfig(task="arithmetic", source="made"),
+        method_name=method.kind,
+        method=method,
+        prompt_template=None,
+        factors=Factors(max_steps=6, epochs=None),
+    )
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    write(path, json.loads(path.read_text()) | changes)
+
+
+def write_run(folder: Path, run: Run, slow: float) -> None:
+    records = [
+        StepRecord(
+            rank=0, step=step, epoch=0.1, learning_rate=0.1, loss=3.0 / (step + 1), gradient_norm=1.0, samples=4,
+            real_tokens=100 + step, label_tokens=40, padded_tokens=120, step_time_s=slow * (1 + step / 100),
+            data_time_s=0.001, forward_time_s=slow / 3, backward_time_s=slow / 3, optimizer_time_s=slow / 3,
+            cpu_time_s=slow, elapsed_s=slow * (step + 1), measured=int(step > 0),
+        )
+        for step in range(6)
+    ]  # fmt: skip
+    records = [] if run.is_base else records
+    summary = summarise_steps(records)
+    measurements: dict[str, Any] = {}
+    if records:
+        parts = {f"{part}_time_s": 0.5 + index for index, part in enumerate(PARTS)}
+        measurements = summary | parts | {"wall_time_s": sum(parts.values()), "peak_allocated_bytes": 2000}
+        measurements |= {"trainable_parameters": 64, "data_order_hash": "same", "model_flops_per_step": 1e6}
+        measurements["model_flops_per_second"] = 1e6 / summary["step_period_mean_s"]
+    gates = [{"gate": "finite_loss", "passed": True, "fatal": True, "message": "all finite"}] if records else []
+    folder.mkdir(parents=True)
+    (folder / "steps.csv").write_text(to_csv(records), newline="")
+    outcome = {
+        "run": run.id,
+        "digest": run.training_digest,
+        "outcome": "ok",
+        "reason": None,
+        "phase": None,
+        "step": None,
+        "spec": run.training_spec(),
+        "measurements": measurements,
+        "memory_by_rank": [{"rank": 0, "peak_allocated_bytes": 2000}] if records else [],
+        "gates": gates,
+        "facts": {"expected_trainable_parameters": 64} if records else {},
+        "environment": {},
+        "steps_sha256": hashlib.sha256((folder / "steps.csv").read_bytes()).hexdigest(),
+    }
+    write(folder / "outcome.json", outcome)
+
+
+def write_evaluation(folder: Path, run: Run, correct: int) -> None:
+    folder.mkdir(parents=True)
+    predictions = []
+    for index in range(10):
+        output = "#### 7" if index < correct else "seven"
+        scored = vars(score("arithmetic", output, "#### 7"))
+        predictions.append({"id": f"q{index}", "prompt": "?", "reference": "#### 7", "output": output, **scored})
+        predictions[-1]["truncated"] = False
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
+    interval = wilson(correct, 10)
+    evaluation = {
+        "run": run.id,
+        "digest": run.evaluation_digest,
+        "training_digest": run.training_digest,
+        "outcome": "ok",
+        "reason": None,
+        "task": "arithmetic",
+        "task_kind": "generation",
+        "split": "test",
+        "metric": "exact_match_strict",
+        "n": 10,
+        "correct": correct,
+        "accuracy": correct / 10,
+        "accuracy_low": interval.low,
+        "accuracy_high": interval.high,
+        "accuracy_flexible": correct / 10,
+        "malformed_share": 1 - correct / 10,
+        "truncated_share": 0.0,
+    }
+    write(folder / "evaluation.json", evaluation)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """results/STUDY with a base row, a full and a LoRA run, and the tables that follow from them."""
+    results = tmp_path / "results" / "small"
+    methods = {"base": BaseMethod(kind="base"), "full": FullMethod(kind="full"), "lora": LoraMethod(kind="lora")}
+    runs = {name: make_run(name, method) for name, method in methods.items()}
+    plan = {
+        "study": "small",
+        "data_root": None,
+        "report": {"title": "t", "introduction": "", "baseline_method": "full"},
+        "hardware": {"device": "cpu", "description": None},
+        "prompt_templates": {},
+        "experiments": [
+            {"name": "e", "question": "?", "vary": ["method"], "runs": ["full", "lora"], "base_runs": ["base"]}
+        ],
+        "runs": {
+            name: run.evaluation_spec()
+            | {"digest": run.training_digest, "evaluation_digest": run.evaluation_digest, "provenance": {}}
+            for name, run in runs.items()
+        },
+    }
+    write(results / "plan.json", plan)
+    for index, (name, run) in enumerate(runs.items()):
+        write_run(results / "runs" / name, run, slow=0.01 * (1 + index))
+        write_evaluation(results / "evaluations" / name, run, correct=5 + index)
+    write_tables(results / "plan.json", results)
+    return results
+
+
+def only(differences: list[str], *parts: str) -> None:
+    """There are differences, and one of them says all of the parts."""
+    assert any(all(part in difference for part in parts) for difference in differences), differences
+
+
+def test_a_sound_study_has_no_difference(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(study) == []
+    parser = argparse.ArgumentParser()
+    add_verify_arguments(parser)
+    assert run_verify(parser.parse_args([str(study)])) == 0
+    assert "3 runs: digests, summaries, gates and tables all follow" in capsys.readouterr().out
+
+
+def test_a_changed_step_is_found_by_checksum_and_by_its_summary(study: Path) -> None:
+    path = study / "runs" / "lora" / "steps.csv"
+    lines = path.read_text().splitlines()
+    cells = lines[3].split(",")
+    cells[lines[0].split(",").index("step_time_s")] = "0.001"
+    path.write_text("\n".join([*lines[:3], ",".join(cells), *lines[4:]]) + "\n")
+    only(verify(study), "steps.csv", "SHA-256")
+    only(verify(study), "lora", "step_time_mean_s", "steps.csv gives")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokens_per_second", 99_999.0), ("wall_time_s", 1.0), ("model_flops_per_second", 1.0), ("train_loss", 0.01)],
+)
+def test_a_changed_measurement_is_found(study: Path, name: str, value: float) -> None:
+    path = study / "runs" / "lora" / "outcome.json"
+    measurements = json.loads(path.read_text())["measurements"]
+    edit(path, measurements=measurements | {name: value})
+    only(verify(study), "outcome.json", name, str(value))
+    only(verify(study), "runs.csv")  # the tables no longer follow either
+
+
+def test_a_measurement_that_follows_from_nothing_is_found_in_the_tables(study: Path) -> None:
+    path = study / "runs" / "full" / "outcome.json"
+    outcome = json.loads(path.read_text())
+    outcome["measurements"]["peak_allocated_bytes"] = 1000
+    outcome["memory_by_rank"][0]["peak_allocated_bytes"] = 1000
+    write(path, outcome)
+    only(verify(study), "runs.csv", "line 3", "1000")
+
+
+def test_an_invalid_run_made_ok_is_found(study: Path) -> None:
+    path = study / "runs" / "lora" / "outcome.json"
+    edit(path, gates=[{"gate": "labels", "passed": False, "fatal": True, "message": "none left"}])
+    only(verify(study), "outcome is ok, and fatal gates tripped: labels")
+    edit(path, gates=[], outcome="invalid")
+    only(verify(study), "outcome is invalid, and no fatal gate tripped")
+
+
+def test_a_gate_is_decided_again(study: Path) -> None:
+    path = study / "runs" / "lora" / "outcome.json"
+    measurements = json.loads(path.read_text())["measurements"]
+    gate = {"gate": "trainable_parameters", "passed": True, "fatal": True, "message": "64 and 64"}
+    edit(path, measurements=measurements | {"trainable_parameters": 63}, gates=[gate])
+    only(verify(study), "gate trainable_parameters: passed is True, derived again False")
+
+
+def test_a_result_of_other_factors_is_found(study: Path) -> None:
+    path = study / "runs" / "lora" / "outcome.json"
+    spec = json.loads(path.read_text())["spec"]
+    edit(path, spec=spec | {"factors": spec["factors"] | {"learning_rate": 0.5}})
+    only(verify(study), "its spec gives")
+    plan = json.loads((study / "plan.json").read_text())
+    plan["runs"]["lora"]["factors"]["learning_rate"] = 0.5
+    write(study / "plan.json", plan)
+    only(verify(study), "plan.json: run lora: digest")
+
+
+def test_a_prediction_made_correct_is_found(study: Path) -> None:
+    path = study / "evaluations" / "lora" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[9]["correct"] = True
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    only(verify(study), "q9", "correct is True, its output gives False")
+    only(verify(study), "evaluation.json", "predictions.jsonl gives 8")
+
+
+def test_a_left_out_prediction_is_found(study: Path) -> None:
+    path = study / "evaluations" / "full" / "predictions.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
+    only(verify(study), "n is 10, predictions.jsonl gives 9")
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "comparisons.csv", "points.tex"])
+def test_a_changed_table_is_found_at_its_line(study: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = study / "tables" / name
+    text = path.read_text()
+    path.write_text(text.replace("lora", "LORA", 1))
+    differences = verify(study)
+    assert len(differences) == 1
+    only(differences, name, "LORA", "lora")
+    assert run_verify(argparse.Namespace(results=study)) == 1
+    assert "1 difference(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gone", ["runs/lora/outcome.json", "runs/lora/steps.csv", "evaluations/lora/evaluation.json"])
+def test_a_missing_file_is_named(study: Path, gone: str) -> None:
+    (study / gone).unlink()
+    only(verify(study), gone.rpartition("/")[2])
+
+
+def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no plan.json; give the folder of a study"):
+        verify(tmp_path)

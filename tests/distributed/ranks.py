@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ _PRELOADED = [
     "transformers.models.qwen2.modeling_qwen2",
     "tunemap.data.sources",
     "tunemap.data.tokens",
+    "tunemap.evaluate",
     "tunemap.models",
     "tunemap.training.assemble",
     "tunemap.training.checkpoint",
@@ -62,8 +63,13 @@ def start_server(repository: Path) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
 
 
-def make_run(method: str, strategy: str = "single", world_size: int = 1, **factors: Any) -> Run:
-    """A run of eight steps on global batches of eight examples, however many processes share them."""
+def make_run(
+    method: str, strategy: str = "single", world_size: int = 1, parameters: dict[str, Any] | None = None, **factors: Any
+) -> Run:
+    """A run of six steps on global batches of eight examples, however many processes share them.
+
+    `parameters` are the method's, such as dropout.
+    """
     accumulation = factors.get("gradient_accumulation", 1)
     chosen = {
         "strategy": strategy,
@@ -85,7 +91,7 @@ def make_run(method: str, strategy: str = "single", world_size: int = 1, **facto
         dataset_name="arithmetic",
         dataset=DATASET,
         method_name=method,
-        method=METHODS[method] | factors.pop("method", {}),
+        method=METHODS[method] | (parameters or {}),
         prompt_template=None,
         factors=Factors(**(chosen | factors)),
     )
@@ -134,7 +140,6 @@ class Finished:
     work: Path
     weights: Path
     exit_codes: list[int | None]
-    _cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def log(self) -> str:
@@ -200,6 +205,27 @@ def train(
         process.kill()
         process.join()
     return Finished(work, weights, [process.exitcode for process in processes])
+
+
+def evaluate(runs: list[Run], weights: list[Path], material: Material, destination: Path) -> list[dict[str, Any]]:
+    """Evaluate trained runs in one process of the server, one after the other."""
+    arguments = ([run.evaluation_spec() for run in runs], weights, material, destination)
+    process = multiprocessing.get_context("forkserver").Process(target=_evaluate, args=arguments)
+    process.start()
+    process.join(WAIT_SECONDS)
+    assert process.exitcode == 0
+    return json.loads(destination.read_text())
+
+
+def _evaluate(specs: list[dict[str, Any]], weights: list[Path], material: Material, destination: Path) -> None:
+    from tunemap.evaluate import evaluate
+
+    evaluations = []
+    for spec, folder in zip(specs, weights, strict=True):
+        run = Run.from_json(json.dumps(spec))
+        summary, predictions = evaluate(run, material.model, folder, material.tokens, device="cpu")
+        evaluations.append({"n": summary["n"], "outputs": {one.id: one.output for one in predictions}})
+    destination.write_text(json.dumps(evaluations))
 
 
 def fresh(folder: Path) -> Path:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tunemap.errors import UserError
+
+# The last resort against a rank that never comes; while training, the launcher notices much earlier.
+COLLECTIVE_LIMIT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -45,18 +51,24 @@ class World:
             dist.barrier()
 
 
-def join_world(device: str, *, strategy: str) -> World:
+def join_world(device: str, *, strategy: str, expected_size: int) -> World:
     """Find this process's rank and device and join the group, unless the run is a single process without one.
 
     `device` is `cpu` or `cuda`; nccl carries CUDA tensors and gloo CPU ones.
+
+    Raises UserError where the run asks for another number of processes: batches, shards and the random generators
+    in a checkpoint belong to `expected_size` ranks, and the result would stand under a wrong label.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size != expected_size:
+        raise UserError(f"the run asks for {expected_size} processes (factor gpus), {size} were started")
     own = torch.device(device)
     if device == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(own)
     if strategy != "single":
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)
     return World(rank, size, own)
 
 

@@ -28,11 +28,18 @@ def save_weights(model: nn.Module, run: Run, model_folder: Path, weights_folder:
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(inner, PeftModel)
         )
-        state = get_model_state_dict(inner, options=options)
+        state = _without_aliases(inner, get_model_state_dict(inner, options=options))
     if world.is_main:
         with quiet():
             _write(inner, state, model_folder, weights_folder)
     world.barrier()
+
+
+def _without_aliases(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """`state` without the second names of shared weights: gathered apart, they would be written twice."""
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    aliases -= {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in state.items() if name not in aliases}
 
 
 def _write(inner: nn.Module, state: dict[str, Any] | None, model_folder: Path, weights_folder: Path) -> None:

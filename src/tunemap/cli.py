@@ -50,7 +50,6 @@ COMMANDS = (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for a wrong command line, 1 for a problem that it explains)."""
     words = sys.argv[1:] if arguments is None else arguments
-    wanted = next((word for word in words if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(
         prog="tunemap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     runners: dict[str, Callable[[argparse.Namespace], int]] = {}
     for command in COMMANDS:
         subparser = commands.add_parser(command.name, help=command.summary, description=command.summary)
-        if command.name == wanted:
+        if command.name in words[:1]:
             module = importlib.import_module(command.module)
             getattr(module, command.add_arguments)(subparser)
             runners[command.name] = getattr(module, command.run)

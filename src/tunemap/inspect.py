@@ -20,7 +20,7 @@ from tunemap.study_file import load_plan
 
 DEFAULT_STUDY = Path("config/config.yaml")
 RESULTS = Path("results")
-PIPE_COLUMNS = 240
+PIPE_COLUMNS = 2000  # a table is as wide as its contents; folding would cut ids in two
 RETRIED = ("error", "timeout", "oom", "invalid", "unsupported")
 
 

@@ -104,7 +104,7 @@ def communication_columns(collectives: Iterable[Collective]) -> dict[str, int]:
     return columns
 
 
-def records(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
+def communication_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
     """One JSON row per collective and group."""
     return [asdict(one) | {"sent_bytes": one.sent_bytes} for one in collectives]
 

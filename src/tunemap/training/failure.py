@@ -6,6 +6,7 @@ Imports no torch: a worker whose torch is broken must still be able to say so.
 from __future__ import annotations
 
 import re
+import signal
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ _FREE = re.compile(r"([\d.]+) ?(GiB|MiB|KiB|bytes)(?: is)? free")
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
 # Which failure explains the others: ranks that lose a partner fail too, with errors of their own.
 _PRECEDENCE = ("oom", "invalid", "unsupported", "error")
+_LOST_PARTNER = re.compile(
+    r"Connection (closed by peer|reset by peer|was likely closed)|Broken pipe|pair closure|Timed out waiting"
+    r"|remote process exited|collective operation timeout|failed to (recv|send)",
+    re.I,
+)
+_LOST_PARTNER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 class InvalidRunError(Exception):
@@ -42,6 +49,7 @@ class Failure:
     traceback: str | None
     bytes_asked: int | None = None
     bytes_free: int | None = None
+    lost_partner: bool = False  # the error of a rank whose partner was gone: a consequence, not a cause
 
 
 def describe(error: BaseException, *, rank: int, phase: str | None, step: int | None) -> Failure:
@@ -62,7 +70,17 @@ def describe(error: BaseException, *, rank: int, phase: str | None, step: int | 
     asked, free = (_bytes(pattern, str(error)) if outcome == "oom" else None for pattern in (_ASKED, _FREE))
     if outcome == "oom" and free is None:
         free = _host_free_bytes()  # torch's message of a CPU does not tell
-    return Failure(outcome, message, rank, phase, step, text, asked, free)
+    lost_partner = type(error).__name__ in _LOST_PARTNER_TYPES or bool(_LOST_PARTNER.search(str(error)))
+    return Failure(outcome, message, rank, phase, step, text, asked, free, outcome == "error" and lost_partner)
+
+
+def how_it_ended(code: int | None) -> str:
+    """In words, how a process ended that left no message."""
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
+        return f"the training process was ended by {name}{hint}"
+    return f"the training process ended with exit code {code} and left no message; see the log of this run"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -98,4 +116,4 @@ def read_failures(folder: Path) -> list[Failure]:
     """The failures of all ranks, the one that explains the others first."""
     values: list[dict[str, Any]] = [read_json(path) for path in sorted(folder.glob("failure.rank*.json"))]
     failures = [Failure(**value) for value in values]
-    return sorted(failures, key=lambda failure: (_PRECEDENCE.index(failure.outcome), failure.rank))
+    return sorted(failures, key=lambda one: (_PRECEDENCE.index(one.outcome), one.lost_partner, one.rank))

@@ -26,12 +26,15 @@ from tunemap.gates import GateResult, reason, tripped
 from tunemap.gates.measurement import mfu_bounds_gate, throughput_gate, wall_gate
 from tunemap.measure.flops import utilisation
 from tunemap.run import Run
-from tunemap.training import steps
+from tunemap.training import parent, steps
 from tunemap.training.devices import Devices, lease_devices
-from tunemap.training.failure import Failure, describe, read_failures
+from tunemap.training.failure import Failure, describe, how_it_ended, read_failures
+from tunemap.training.heartbeat import Watchdog
 
 GRACE_SECONDS = 10.0  # between asking processes to end and ending them
 POLL_SECONDS = 0.05
+# While training: longer than any step, reading of losses or checkpoint should take. Compilation counts as a step.
+STALL_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def launch(run: Run, paths: Paths, *, device: str) -> int:
     started_at = datetime.now(UTC)
     started = time.monotonic()
     paths.work.mkdir(parents=True, exist_ok=True)
-    for stale in [*paths.work.glob("failure.rank*.json"), *(paths.work / name for name in _OF_ONE_START)]:
+    of_ranks = [path for pattern in ("failure.rank*.json", "heartbeat.rank*") for path in paths.work.glob(pattern)]
+    for stale in [*of_ranks, *(paths.work / name for name in _OF_ONE_START)]:
         stale.unlink(missing_ok=True)
     # Whatever happens to this process from here on, there is an outcome that says so.
     write_json(paths.outcome, _outcome(run, {}, _UNFINISHED) | {"started_at": started_at.isoformat(timespec="seconds")})
@@ -112,31 +116,28 @@ def _train(run: Run, paths: Paths, devices: Devices) -> Finished:
     write_json(run_file, run.training_spec())
     limit = run.factors.time_limit_minutes
     started, started_at = time.monotonic(), time.time()
-    deadline = None if limit is None else started + 60 * limit
     process = subprocess.Popen(
         _command(run, paths, run_file, devices.kind),
-        env=worker_environment(run, devices),
+        env=worker_environment(run, devices) | {parent.VARIABLE: "1"},
         start_new_session=True,  # one group to end, however many ranks and helpers there are
     )
     try:
         with _signals_as_exceptions():
-            in_time = _wait(process, deadline)
+            overdue = _wait(process, paths.work, limit)
         wall_s = time.monotonic() - started
     finally:
         end_group(process)
-    return Finished(_failure(paths.work, process.returncode, limit if not in_time else None), wall_s, started_at)
+    return Finished(overdue or _failure(paths.work, process.returncode), wall_s, started_at)
 
 
-def _failure(work: Path, code: int | None, exceeded_minutes: float | None) -> Failure | None:
+def _failure(work: Path, code: int | None) -> Failure | None:
     """Why the workers did not finish; None if they did."""
     progress = _progress(work)
     place = progress.get("phase"), progress.get("step")
-    if exceeded_minutes is not None:
-        return Failure("timeout", f"not finished after time_limit_minutes {exceeded_minutes}", 0, *place, None)
     if code == 0 and (work / "result.json").exists():
         return None
     failures = read_failures(work)
-    return failures[0] if failures else Failure("error", _how_it_died(code), 0, *place, None)
+    return failures[0] if failures else Failure("error", how_it_ended(code), 0, *place, None)
 
 
 def _command(run: Run, paths: Paths, run_file: Path, device: str) -> list[str]:
@@ -148,8 +149,8 @@ def _command(run: Run, paths: Paths, run_file: Path, device: str) -> list[str]:
     if run.factors.strategy == "single":
         return [sys.executable, *worker]
     # --standalone picks a free port, so several runs on one host do not meet.
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.factors.gpus}"]
-    return [sys.executable, *torchrun, *worker]
+    torchrun = ["-m", "tunemap.distributed.torchrun", str(paths.work)]
+    return [sys.executable, *torchrun, "--standalone", f"--nproc-per-node={run.factors.gpus}", *worker]
 
 
 def worker_environment(run: Run, devices: Devices) -> dict[str, str]:
@@ -169,13 +170,20 @@ def worker_environment(run: Run, devices: Devices) -> dict[str, str]:
     return environment
 
 
-def _wait(process: subprocess.Popen[bytes], deadline: float | None) -> bool:
-    """Wait for the end of the process; False if the deadline came first."""
+def _wait(process: subprocess.Popen[bytes], work: Path, limit_minutes: float | None) -> Failure | None:
+    """Wait for the end of the process; a failure if a limit came first: that of the run, or that on standing still."""
+    deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+    watchdog = Watchdog(work, STALL_LIMIT_S)
     while process.poll() is None:
         if deadline is not None and time.monotonic() > deadline:
-            return False
+            progress = _progress(work)
+            reason = f"not finished after time_limit_minutes {limit_minutes}"
+            return Failure("timeout", reason, 0, progress.get("phase"), progress.get("step"), None)
+        if (stuck := watchdog.stalled()) is not None:
+            reason = f"rank {stuck.rank} has not moved on for {STALL_LIMIT_S:g} s, in step {stuck.step} ({stuck.phase})"
+            return Failure("timeout", reason, stuck.rank, "train", stuck.step, None)
         time.sleep(POLL_SECONDS)
-    return True
+    return None
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -214,14 +222,6 @@ def _signals_as_exceptions() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _how_it_died(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
-        return f"the training process was ended by {name}{hint}"
-    return f"the training process ended with exit code {code} and left no message; see the log of this run"
-
-
 def _progress(work: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads((work / "progress.json").read_text())
@@ -253,6 +253,7 @@ def _described(run: Run, paths: Paths, finished: Finished | None) -> dict[str, A
     known = {
         "measurements": {name: _finite(value) for name, value in measurements.items()},
         "memory_by_rank": result.get("memory", []),
+        "communication_by_rank": result.get("communication_by_rank", []),
         "gates": [asdict(gate) for gate in gates],
         "facts": result.get("facts", {}),
         "environment": read_json(environment) if environment.exists() else {},
@@ -276,6 +277,7 @@ def _outcome(run: Run, known: dict[str, Any], failure: Failure | None) -> dict[s
         "spec": run.training_spec(),
         "measurements": {},
         "memory_by_rank": [],
+        "communication_by_rank": [],
         "gates": [],
         "facts": {},
         "environment": {},
@@ -307,6 +309,7 @@ def _from_result(result: dict[str, Any], measured: list[int]) -> dict[str, Any]:
         **{f"{name}_parameters": count for name, count in result["parameters"].items()},
         **_flops(result, measured),
         **_energy(result["energy"] or {}),
+        **result["communication"],
         "load_time_s": parts["load"],
         "compile_time_s": parts["compile"],
         "estimation_time_s": parts["estimation"],

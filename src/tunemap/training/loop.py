@@ -23,7 +23,6 @@ from tunemap.distributed.strategies import gradient_sync, unwrap
 from tunemap.distributed.world import World
 from tunemap.measure.clock import StepClock
 from tunemap.measure.memory import LiveStorage, track_live_storage
-from tunemap.measure.witness import Witness
 from tunemap.methods.peft_types import after_optimizer_step, penalty
 from tunemap.training.optimizer import LEARNING_RATE_RATIO
 from tunemap.training.precision import Precision
@@ -58,7 +57,8 @@ class Loop:
     label_tokens: list[int]  # of each step, over all ranks and micro-batches
     write: Callable[[list[StepRecord]], None]
     window_ended: Callable[[TrainingState, float], None]
-    witness: Witness | None = None  # watches one step that is not measured
+    watch: Callable[[], AbstractContextManager[None]] | None = None  # around one step that is not measured
+    beat: Callable[[int, str], None] = lambda step, phase: None  # told what begins, as a sign of life
     compiling: Callable[[], AbstractContextManager[None]] = nullcontext  # around the step that compiles
     _pending: list[dict[str, Any]] = field(default_factory=list)
 
@@ -75,7 +75,7 @@ class Loop:
         state.model.train()
         for step in range(first, self.schedule.steps):
             tracker = track_live_storage(state.model, state.optimizer) if step == tracked else None
-            witness = self.witness.watch() if self.witness and step == watched else None
+            witness = self.watch() if self.watch and step == watched else None
             clock.begin(step)
             with tracker or witness or (self.compiling() if step == first else nullcontext()):
                 row = self._step(state, parameters, batches, clock, step, tracker)
@@ -87,6 +87,7 @@ class Loop:
             measured = not warming_up and tracker is None and witness is None
             self._pending.append(row | {"elapsed_s": state.elapsed_s, "measured": int(measured)})
             if state.step % self.factors.logging_steps == 0 or state.step == self.schedule.steps:
+                self.beat(step, "window")
                 loss = self._flush(clock)
                 self.window_ended(state, loss)
 
@@ -107,21 +108,25 @@ class Loop:
         learning_rate = self._set_learning_rate(optimizer, step)
         last = self.factors.gradient_accumulation - 1
         for index in range(self.factors.gradient_accumulation):
+            self.beat(step, "data")
             with named_for_profilers("data"):
                 batch = next(batches)
             for name in counts:
                 counts[name] += getattr(batch, name)
             clock.mark("data")
+            self.beat(step, "forward")
             with gradient_sync(model, index == last):
                 with phase("forward"), self.precision.autocast_context(self.world.device.type):
                     # Gradients are averaged over ranks; times the world size, the sum is over all label tokens.
                     loss = loss_sum(model, batch) / self.label_tokens[step] * self.world.size
                     loss = loss + penalty(unwrap(model)) / self.factors.gradient_accumulation
                 clock.mark("forward")
+                self.beat(step, "backward")
                 with phase("backward"):
                     (scaler.scale(loss) if scaler else loss).backward()
                 clock.mark("backward")
             step_loss = step_loss + loss.detach()
+        self.beat(step, "optimizer")
         with phase("optimizer"):
             if scaler:
                 scaler.unscale_(optimizer)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tunemap.data.batches import Schedule
+from tunemap.distributed.communication import CommunicationCounter, communication_columns, communication_rows
 from tunemap.distributed.strategies import unwrap
 from tunemap.distributed.world import World
 from tunemap.gates.measurement import batches_gate, cpu_share_gate, device_gate, flops_gate, training_time_gate
@@ -43,6 +45,7 @@ class Observer:
     def __init__(self, run: Run, world: World, schedule: Schedule, assembled: Assembled) -> None:
         """Take what must be known before training."""
         self.witness = Witness(assembled.blocks)
+        self.communication = CommunicationCounter()
         self._run, self._world, self._schedule, self._assembled = run, world, schedule, assembled
         self._first_step = assembled.state.step
         self._checksums = weight_checksums(assembled.state.model)
@@ -53,6 +56,12 @@ class Observer:
         self._energy_first_step: int | None = None
 
     # -- during and after training, on every rank -----------------------------------------------------------
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Watch one step, which is not measured: what it computes, and what it sends."""
+        with self.witness.watch(), self.communication:
+            yield
 
     def window_ended(self, step: int) -> None:
         """Open the energy window at the first end of a logging window, when the device has finished its warm-up."""
@@ -87,6 +96,7 @@ class Observer:
             "seconds": self._seconds(records),
             "device_states": [state for state in self._states if state is not None],
             "pid": os.getpid(),
+            "communication": communication_rows(self.communication.collectives),
             "energy": asdict(self._energy.reading) if self._energy is not None else None,
         }
 
@@ -171,6 +181,10 @@ class Observer:
         elif self._world.size == 1 and seconds["measured"]:
             results.append(cpu_share_gate(seconds["measured_cpu"], seconds["measured"]))
         return results
+
+    def communication_columns(self) -> dict[str, int]:
+        """Bytes and calls per step of this rank; the others' are the same."""
+        return communication_columns(self.communication.collectives)
 
     def facts(self) -> dict[str, Any]:
         """What the watched step computed."""

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, trippe
 from tunemap.measure.clock import PartsTimer, process_age_s
 from tunemap.run import Run
 from tunemap.training.failure import InvalidRunError, describe, write_failure
+from tunemap.training.heartbeat import Heartbeat
+from tunemap.training.parent import end_with_parent
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a broken one must still end in an outcome
     from tunemap.data.batches import Schedule
@@ -54,6 +57,7 @@ class Job:
 
 def main() -> None:
     """Train as one rank; the exit code is 0 only if this rank finished."""
+    end_with_parent()
     job = _parse(sys.argv[1:])
     rank = int(os.environ.get("RANK", 0))
     progress = Progress(job.work, is_main=rank == 0)
@@ -61,7 +65,9 @@ def main() -> None:
         _train(job, progress)
     except Exception as error:
         write_failure(job.work, describe(error, rank=rank, phase=progress.phase, step=progress.step))
-        raise SystemExit(1) from error
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # tearing down would wait for ranks that are stuck
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # everything is on disk; tearing the interpreter down would cost most of a second
@@ -191,6 +197,8 @@ def _train(job: Job, progress: Progress) -> None:
             "flops": assembled.costs.per_step(schedule) if assembled.costs else None,
             "ceiling_flops_per_second": _ceiling(job, assembled, world),
             "energy": observer.energy(ranks),
+            "communication": observer.communication_columns(),
+            "communication_by_rank": [rank["communication"] for rank in ranks],
             "gates": [asdict(gate) for gate in gates],
         }
         write_json(job.work / RESULT, result | {"parts_s": parts.seconds()})
@@ -218,6 +226,7 @@ def _run_loop(
     own_file = steps.rank_file(job.work, world.rank)
     steps.keep_until(own_file, first_step)
     saved_at = time.monotonic()
+    heartbeat = Heartbeat(job.work, world.rank)
 
     def window_ended(state: TrainingState, loss: float) -> None:
         nonlocal saved_at
@@ -239,7 +248,8 @@ def _run_loop(
         label_tokens=schedule.per_step(tokens.train.label_tokens).tolist(),
         write=lambda records: steps.append_records(own_file, records),
         window_ended=window_ended,
-        witness=observer.witness,
+        watch=observer.watch,
+        beat=heartbeat.beat,
         compiling=partial(parts.part, "compile") if factors.compile else nullcontext,
     )
     reset_peaks(world.device)
@@ -249,6 +259,7 @@ def _run_loop(
     except NotFiniteError as error:  # gate finite_loss says so; what was measured until here is kept
         progress.step = state.step
         print(f"stopped: {error}", flush=True)
+    heartbeat.stop()
 
 
 def _data_gates(job: Job, tokens: Tokens) -> list[GateResult]:

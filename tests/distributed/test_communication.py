@@ -1,0 +1,94 @@
+"""Communication and memory of a step under each strategy, against closed forms."""
+
+import pytest
+import ranks
+
+BYTES = 4  # of a number in fp32
+
+
+def columns(finished):
+    return finished.result["communication"]
+
+
+def collectives(finished, rank=0):
+    rows = finished.result["communication_by_rank"][rank]
+    return {(row["kind"], row["group"]): row for row in rows}
+
+
+def counts(finished):
+    return finished.result["parameters"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_ddp_sends_the_gradients_of_what_is_trained_and_nothing_else(trained, method):
+    finished = trained(method, "ddp", 4)
+    trainable_bytes = BYTES * counts(finished)["trainable"]
+    assert columns(finished)["communication_bytes_per_step"] == trainable_bytes
+    assert columns(finished)["all_reduce_bytes_per_step"] == trainable_bytes
+    assert columns(finished)["communication_sent_bytes_per_step"] == pytest.approx(trainable_bytes * 2 * 3 / 4, abs=4)
+    assert list(collectives(finished)) == [("all_reduce", "world")]
+
+
+def test_accumulated_gradients_are_reduced_once(trained):
+    accumulated = trained("full", "ddp", 2, gradient_checkpointing=True, gradient_accumulation=2)
+    assert columns(accumulated)["all_reduce_bytes_per_step"] == BYTES * counts(accumulated)["trainable"]
+
+
+def test_one_process_sends_nothing(trained):
+    assert columns(trained("full")) == dict.fromkeys(columns(trained("full")), 0)
+
+
+def sizes(finished):
+    """Bytes of all weights, of the blocks, and of what is trained; weights of 2 blocks and a root with embeddings."""
+    total = BYTES * counts(finished)["total"]
+    hidden, vocabulary = ranks.ARCHITECTURE["hidden_size"], ranks.ARCHITECTURE["vocab_size"]
+    return total, total - BYTES * hidden * (vocabulary + 1), BYTES * counts(finished)["trainable"]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_fsdp_gathers_blocks_twice_and_the_root_once(trained, world_size):
+    finished = trained("full", "fsdp", world_size)
+    total, blocks, trainable = sizes(finished)
+    seen = collectives(finished)
+    assert seen["all_gather", "world"]["payload_bytes"] == total + blocks
+    assert seen["reduce_scatter", "world"]["payload_bytes"] == trainable
+    assert seen["all_reduce", "world"]["payload_bytes"] < 200  # the norms of the gradients, for clipping
+
+
+def test_fsdp_reduces_only_the_adapters_of_lora(trained):
+    finished = trained("lora", "fsdp", 2)
+    total, blocks, trainable = sizes(finished)
+    seen = collectives(finished)
+    assert seen["all_gather", "world"]["payload_bytes"] == total + blocks
+    assert seen["reduce_scatter", "world"]["payload_bytes"] == trainable
+
+
+def test_hybrid_shards_in_one_direction_and_replicates_in_the_other(trained):
+    finished = trained("full", "hybrid", 4)
+    total, blocks, trainable = sizes(finished)
+    seen = collectives(finished)
+    assert seen["all_gather", "shard"]["payload_bytes"] == total + blocks
+    assert seen["reduce_scatter", "shard"]["payload_bytes"] == trainable
+    assert seen["all_reduce", "replicate"]["payload_bytes"] == trainable / 2
+    assert {row["group_size"] for row in seen.values()} == {2}
+
+
+@pytest.mark.parametrize(("strategy", "world_size", "shards"), [("fsdp", 2, 2), ("fsdp", 4, 4), ("hybrid", 4, 2)])
+def test_a_rank_holds_its_share_of_weights_gradients_and_states(trained, strategy, world_size, shards):
+    finished = trained("full", strategy, world_size)
+    total, blocks, _ = sizes(finished)
+    whole = 4 * total  # weights, gradients and two moments
+    gathered = total - blocks + blocks / 2  # the root, and one of two blocks
+    for rank in finished.result["memory"]:
+        held = sum(rank[f"{name}_bytes"] for name in ("parameters", "gradients", "optimizer"))
+        assert held <= 1.02 * whole / shards + gathered
+        # Between steps there are neither gradients nor gathered weights, only the batch besides.
+        assert rank["end_allocated_bytes"] == pytest.approx(0.75 * whole / shards, rel=0.02, abs=8000)
+
+
+def test_ddp_holds_everything_on_every_rank(trained):
+    finished = trained("full", "ddp", 2)
+    total, _, _ = sizes(finished)
+    for rank in finished.result["memory"]:
+        assert rank["parameters_bytes"] == pytest.approx(total, rel=0.02)
+        assert rank["end_allocated_bytes"] == pytest.approx(4 * total, rel=0.02, abs=8000)  # gradients live in buckets

@@ -25,7 +25,7 @@ demo: install ## run the default study on this machine's CPU and write its repor
 	@echo "The report: $(abspath results/quickstart/report.html)"
 
 test: install lint ## run every test
-	pytest
+	pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: install ## format, style, types, and Snakemake's own linter
 	ruff check .
@@ -33,6 +33,10 @@ lint: install ## format, style, types, and Snakemake's own linter
 	mypy
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+
+bench: install ## print what the instruments cost, and how fast traces are read
+	python benchmarks/overhead.py
+	python benchmarks/extraction.py
 
 format: install ## rewrite the sources in the project's format
 	ruff check --fix .

@@ -16,6 +16,17 @@ def _shared(folder: str) -> Path:
     return path
 
 
+SHARED_BY_FOLDER = ("workflow",)  # folders whose tests share a costly fixture, and so one process
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests together that share a fixture when several processes share the suite: by folder, else by file."""
+    for item in items:
+        path = item.path.relative_to(REPOSITORY / "tests")
+        group = path.parts[0] if path.parts[0] in SHARED_BY_FOLDER else str(path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout under test."""

@@ -1,4 +1,4 @@
-"""Fixtures shared by every test: the folder of real data and traces, found beside the checkout or named by a variable."""
+"""Fixtures shared by every test: the folder of real data and traces, beside the checkout or named by a variable."""
 
 import os
 from pathlib import Path

@@ -123,6 +123,7 @@ def _generate(
     """Greedy generation, left-padded so that all prompts end where generation begins; in order of length."""
     order = np.argsort(tokens.test.lengths, kind="stable")
     outputs: dict[int, tuple[str, bool]] = {}
+    started = time.perf_counter()
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         input_ids, attention_mask = _left_padded(
@@ -141,7 +142,9 @@ def _generate(
         ended = (generated == tokens.eos_token_id).any(dim=1).tolist()
         texts = tokenizer.batch_decode(_until_end(generated, tokens), skip_special_tokens=True)
         outputs |= dict(zip(indices.tolist(), zip(texts, [not end for end in ended], strict=True), strict=True))
-        print(f"evaluated {min(start + batch_size, len(order))}/{len(order)}", flush=True)
+        done, elapsed_s = min(start + batch_size, len(order)), time.perf_counter() - started
+        left_s = elapsed_s / done * (len(order) - done)
+        print(f"evaluated {done}/{len(order)}  {elapsed_s:.1f} s, {left_s:.0f} s left", flush=True)
     for index, row in enumerate(tokens.test_rows):
         text, truncated = outputs[index]
         scored = score(tokens.task, text, row["reference"])

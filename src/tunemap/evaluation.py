@@ -1,4 +1,4 @@
-"""Evaluates a run into its two files, and says so there where a run cannot be evaluated; imports torch only if it can."""
+"""Evaluates a run into its two files, which also say why a run could not be evaluated; imports torch only if needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from tunemap.training.devices import lease_devices
 
 
 def evaluate_to_files(
-    run: Run, *, device: str, model: Path, tokens: Path, outcome: Path, weights: Path, evaluation: Path, predictions: Path
+    run: Run,
+    *,
+    device: str,
+    model: Path,
+    tokens: Path,
+    outcome: Path,
+    weights: Path,
+    evaluation: Path,
+    predictions: Path,
 ) -> None:
     """Evaluate and write evaluation.json and predictions.jsonl; a failure is written there too, with its reason."""
     trained = read_json(outcome)

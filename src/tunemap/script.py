@@ -1,4 +1,4 @@
-"""How the command lines of the workflow end: an exit code, and a message instead of a traceback for what a user can fix."""
+"""How the command lines of the workflow end: with an exit code, and a message for what a user can fix."""
 
 from __future__ import annotations
 

@@ -1,7 +1,12 @@
-"""The matmul ceiling: the most FLOP/s that a matrix product reaches on this very device, beside the datasheet."""
+"""The matmul ceiling: the most FLOP/s that a matrix product reaches on this very device, beside the datasheet.
+
+tunemap ceiling                                  # this machine's GPU, or its CPU with one thread
+tunemap ceiling --device cpu --threads 4
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,3 +91,57 @@ def store(path: Path, device: Any, ceiling: Ceiling) -> None:
     stored = read_json(path) if path.exists() else {}
     stored.setdefault(device_fingerprint(device), {})[ceiling.dtype] = asdict(ceiling)
     write_json(path, stored)
+
+
+STORED = Path("results/shared/ceilings.json")
+
+
+def add_ceiling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tunemap ceiling`."""
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads, as the factor threads_per_process of the runs to compare with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=STORED, help="file to add the ceilings of this device to (default: %(default)s)"
+    )
+
+
+def run_ceiling(args: argparse.Namespace) -> int:
+    """Measure every dtype that the device can multiply, print and store it."""
+    import torch
+
+    if args.threads < 1:
+        raise UserError(f"--threads {args.threads}: allowed are 1 and more")
+    torch.set_num_threads(args.threads)
+    device = _device(torch, args.device)
+    for dtype in DTYPES:
+        if dtype == "tfloat32" and device.type != "cuda":
+            continue
+        try:
+            ceiling = measure_ceiling(device, dtype)
+        except UserError as error:
+            print(f"{dtype:>10}  {error}")
+            continue
+        store(args.output, device, ceiling)
+        speed = f"{ceiling.flops_per_s / 1e12:8.3f} TFLOP/s"
+        print(f"{dtype:>10}  {speed}  best of {ceiling.repeats} products of {ceiling.size} × {ceiling.size}")
+    print(f"stored in {args.output} for device {device_fingerprint(device)} ({device})")
+    return 0
+
+
+def _device(torch: Any, name: str) -> Any:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N") from None
+    if device.type not in _SIZES:
+        raise UserError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs to torch")
+    return device

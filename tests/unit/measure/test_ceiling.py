@@ -1,5 +1,7 @@
 """The measured matmul ceiling: plausible, bounded in time, kept per device."""
 
+import argparse
+import functools
 import time
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from tunemap.errors import UserError
 from tunemap.measure import ceiling as ceiling_module
-from tunemap.measure.ceiling import Ceiling, load, measure_ceiling, store
+from tunemap.measure.ceiling import Ceiling, add_ceiling_arguments, load, measure_ceiling, run_ceiling, store
 
 torch.set_num_threads(1)
 
@@ -69,3 +71,37 @@ def test_an_unknown_dtype_names_the_allowed_ones():
 def test_tensor_float_is_refused_on_a_cpu():
     with pytest.raises(UserError, match="CUDA devices only"):
         measure_ceiling("cpu", "tfloat32")
+
+
+@pytest.fixture
+def command(small, monkeypatch, tmp_path):
+    """Run `tunemap ceiling` with short measurements; returns the exit code and where the ceilings are."""
+    quick = functools.partial(measure_ceiling, limit_s=0.02)
+    monkeypatch.setattr(ceiling_module, "measure_ceiling", quick)
+
+    def command(*arguments):
+        parser = argparse.ArgumentParser()
+        add_ceiling_arguments(parser)
+        output = tmp_path / "shared" / "ceilings.json"
+        return run_ceiling(parser.parse_args(["--output", str(output), *arguments])), output
+
+    return command
+
+
+def test_the_command_stores_every_dtype_of_the_device(command, capsys):
+    code, output = command("--device", "cpu")
+    assert code == 0
+    assert set(load(output, "cpu")) >= {"float32", "bfloat16"}
+    assert "tfloat32" not in load(output, "cpu")
+    assert "TFLOP/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99", "cuda:x"])
+def test_a_device_that_is_not_there_is_named(command, device):
+    with pytest.raises(UserError, match=f"--device {device}: "):
+        command("--device", device)
+
+
+def test_no_threads_are_refused(command):
+    with pytest.raises(UserError, match="--threads 0: allowed are 1 and more"):
+        command("--threads", "0")

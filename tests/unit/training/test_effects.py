@@ -112,7 +112,7 @@ def test_adapters_of_another_dtype_trip(build):
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw"])
 def test_states_of_another_dtype_trip(build, name):
     _, model, _ = build({"kind": "full"})
-    optimizer = build_optimizer(model.parameters(), name=name, learning_rate=1e-3, weight_decay=0.0)
+    optimizer = build_optimizer(model, name=name, learning_rate=1e-3, weight_decay=0.0)
     step(model, optimizer)
     assert effects.optimizer_gate(optimizer, name).passed
     other = "adamw" if name == "adamw_8bit" else "adamw_8bit"
@@ -132,7 +132,7 @@ def test_a_frozen_weight_that_changes_by_one_bit_is_named(build):
 
 def test_updates_lost_to_rounding_are_named(build):
     _, model, _ = build({"kind": "full"}, dtype=torch.bfloat16)
-    optimizer = build_optimizer(model.parameters(), name="adamw", learning_rate=2e-5, weight_decay=0.0)
+    optimizer = build_optimizer(model, name="adamw", learning_rate=2e-5, weight_decay=0.0)
     before = weight_checksums(model)
     step(model, optimizer)
     after = weight_checksums(model)

@@ -35,6 +35,8 @@ METHODS = {
     "full": {"kind": "full"},
     "lora": {"kind": "lora", "rank": 4},
     "qlora": {"kind": "qlora", "rank": 4},
+    "gora": {"kind": "gora", "reference_rank": 4, "estimation_batches": 4, "estimation_batch_size": 4},
+    "adalora": {"kind": "peft", "type": "ADALORA", "parameters": {"init_r": 4, "target_r": 2}},
 }
 GLOBAL_BATCH = 8
 WAIT_SECONDS = 120

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tunemap.config import AdapterMethod
+from tunemap.config import AdapterMethod, LowRankMethod
 from tunemap.data.answers import score
 from tunemap.data.tokens import Tokens, load_tokens
 from tunemap.gates import generation_limit_gate
@@ -20,7 +20,7 @@ from tunemap.models.loading import load_model, load_tokenizer
 from tunemap.run import Run
 from tunemap.statistics import wilson
 from tunemap.training.assemble import quantization_of
-from tunemap.training.precision import PRECISIONS
+from tunemap.training.precision import DTYPES, PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,13 @@ def load_trained(
     if isinstance(method, AdapterMethod):
         from peft import PeftModel
 
-        in_float32 = method.adapter_dtype == "float32"  # as in training, also over a base in 16 bits
+        # peft makes adapters in the base's dtype, which may hold less than they do: float32 first, then as in training.
+        low_rank = isinstance(method, LowRankMethod)
+        in_float32 = low_rank or method.adapter_dtype == "float32"
         model = PeftModel.from_pretrained(model, weights_folder, autocast_adapter_dtype=in_float32)
+        for name, parameter in model.named_parameters() if low_rank else ():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(DTYPES[method.adapter_dtype])
     return model
 
 

@@ -8,15 +8,16 @@ import datetime
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
-from tunemap.config import RandomModel, Study
+from tunemap.config import Study
 from tunemap.data.locate import source_files
 from tunemap.errors import UserError, nearest, unknown_key
 from tunemap.models.locate import model_files
@@ -28,6 +29,7 @@ Location = tuple[str | int, ...]
 MERGE_TAG = "tag:yaml.org,2002:merge"
 MOST_VALUES = 100_000  # a study of 1,000 experiments has a fifth of it; aliases of aliases make billions
 DEEPEST = 40  # levels of nesting; a study has 6, an alias that contains itself has no end
+JSON_TYPES = ("float", "int", "str", "bool", "list", "dict")  # pydantic's steps into values of any type
 LONGEST_SHOWN = 80  # characters of a wrong value that a message repeats
 
 
@@ -68,14 +70,29 @@ def load_plan(path: Path, *, data_root: str | None = None) -> Plan:
 
 
 def _texts_for_numbers(study: Study) -> list[str]:
-    """Overrides of a config that YAML reads as text although a number is meant: their type is not known here."""
+    """Texts such as 1e-4 in values of any type, where no type says that a number is meant."""
+    free: dict[str, Any] = {
+        f"models.{name}.overrides": getattr(model, "overrides", {}) for name, model in study.models.items()
+    }
+    free |= {f"methods.{name}.parameters": getattr(method, "parameters", {}) for name, method in study.methods.items()}
+    for experiment in study.experiments:
+        free[f"experiment {experiment.name}: exclude"] = experiment.exclude
+        free[f"experiment {experiment.name}: only"] = experiment.only
     return [
-        f"models.{name}.overrides.{key}: {_text_for_number(value)}"
-        for name, model in study.models.items()
-        if isinstance(model, RandomModel)
-        for key, value in model.overrides.items()
-        if isinstance(value, str) and _is_number(value)
+        f"{place}: {_text_for_number(text)}" for key, value in free.items() for place, text in _exponents(value, key)
     ]
+
+
+def _exponents(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Each text in nested values that is a number with an exponent, with its place."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _exponents(inner, f"{place}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _exponents(inner, f"{place}[{index}]")
+    elif isinstance(value, str) and "e" in value.lower() and _is_number(value):
+        yield place, value
 
 
 def _missing_files(study: Study) -> list[str]:
@@ -362,7 +379,7 @@ def _walk(location: Location) -> list[tuple[str | int, bool]]:
     steps: list[tuple[str | int, bool]] = []
     annotation: Any = Study
     for step in location:
-        union = _is_union(annotation)
+        union = _is_union(annotation) or (annotation in (typing.Any, JsonValue) and step in JSON_TYPES)
         annotation = _choose(annotation, step) if union else _member(annotation, step)
         steps.append((step, not union))
     return steps

@@ -422,6 +422,32 @@ def test_number_written_as_text_in_overrides(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (changed("{kind: qlora}", "{kind: peft, type: LORA, parameters: {r: 4, a: [x, {b: 1e-5}]}}"),
+         "methods.qlora.parameters.a[1].b"),
+        (STUDY + "    exclude: [{learning_rate: 1e-5}]\n", "experiment methods: exclude[0].learning_rate"),
+        (STUDY + "    only: [{method: full, weight_decay: [1e-5]}]\n", "experiment methods: only[0].weight_decay[0]"),
+    ],
+)  # fmt: skip
+def test_number_written_as_text_where_any_type_goes(tmp_path, text, place):
+    assert f"{place}: '1e-5' is text to YAML 1.1, not a number; write 1.0e-5" in problems(tmp_path, text)
+
+
+@pytest.mark.parametrize("word", ["silu", "e", "one", '"0"', "infinite"])
+def test_words_in_values_of_any_type_are_left_alone(tmp_path, word):
+    text = changed("{kind: qlora}", f"{{kind: peft, type: LORA, parameters: {{a: {word}}}}}")
+    assert load_plan(write(tmp_path, text)).runs
+
+
+@pytest.mark.parametrize(("value", "place"), [(".nan", "a"), ("[x, .inf]", "a[1]"), ("{b: {c: .nan}}", "a.b.c")])
+def test_no_number_in_values_of_any_type(tmp_path, value, place):
+    [problem] = problems(tmp_path, changed("{kind: qlora}", f"{{kind: peft, type: LORA, parameters: {{a: {value}}}}}"))
+    assert problem.startswith(f"line 9, methods.qlora.parameters.{place}: ")
+    assert problem.endswith(" is not allowed: it should be a finite number")
+
+
 def test_all_problems_at_once_with_their_lines(tmp_path):
     text = (
         STUDY.replace("rank: 4", "rnak: 4").replace("max_steps: 20", "max_steps: 1e3").replace("- name: m", "- nam: m")

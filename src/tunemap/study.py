@@ -379,7 +379,7 @@ def reasons_against(run: Run) -> list[str]:
     factors, reasons = run.factors, []
     if factors.strategy == "single" and factors.gpus != 1:
         reasons.append(f"strategy single uses one device, gpus is {factors.gpus}; use ddp, fsdp or hybrid")
-    if factors.strategy == "hybrid" and (factors.gpus < 4 or factors.gpus % 2):
+    if factors.strategy == "hybrid" and factors.gpus != 1 and (factors.gpus < 4 or factors.gpus % 2):
         reasons.append(f"strategy hybrid needs an even number of at least 4 devices, gpus is {factors.gpus}")
     if factors.max_steps is None and factors.epochs is None:
         reasons.append("max_steps and epochs are both null; one of them must end the training")

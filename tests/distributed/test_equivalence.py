@@ -20,3 +20,36 @@ def assert_same_trajectory(finished, reference):
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_losses_are_those_of_one_process(trained, method, strategy, world_size, variant):
     assert_same_trajectory(trained(method, strategy, world_size, **variant), trained(method))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hybrid"])
+def test_every_strategy_runs_on_one_device_as_the_baseline_of_scaling(trained, strategy):
+    alone = trained("lora", strategy, 1)
+    assert_same_trajectory(alone, trained("lora"))
+    assert alone.result["communication"]["communication_sent_bytes_per_step"] == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 2), ("hybrid", 4)])
+def test_bitsandbytes_optimizers_run_under_every_strategy(trained, strategy, world_size, optimizer):
+    finished = trained("full", strategy, world_size, optimizer=optimizer)
+    # 8-bit states are quantised in blocks, which sharding cuts elsewhere.
+    np.testing.assert_allclose(
+        finished.column("loss"),
+        trained("full", optimizer=optimizer).column("loss"),
+        rtol=1e-3 if "8bit" in optimizer else 1e-5,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_gradients_of_fp16_are_scaled_under_sharding(trained, optimizer):
+    settings = {"precision": "fp16", "optimizer": optimizer}
+    finished, alone = trained("lora", "fsdp", 2, **settings), trained("lora", **settings)
+    np.testing.assert_allclose(finished.column("loss"), alone.column("loss"), rtol=1e-3)
+    np.testing.assert_allclose(finished.column("gradient_norm"), alone.column("gradient_norm"), rtol=1e-2)
+
+
+def test_clipping_uses_the_norm_of_all_shards(trained):
+    clipped = {"max_grad_norm": 0.05}
+    assert_same_trajectory(trained("full", "fsdp", 4, **clipped), trained("full", **clipped))
+    assert trained("full", **clipped).column("loss") != trained("full").column("loss")

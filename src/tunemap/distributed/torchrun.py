@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
@@ -26,6 +27,8 @@ def main() -> None:
     work = Path(sys.argv[1])
     try:
         run(parse_args(sys.argv[2:]))
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         for failure in silent_failures(codes, work):

@@ -1,0 +1,192 @@
+"""A rank that fails ends the whole run soon, with an outcome that names it, and leaves no process behind.
+
+These runs go through the launcher and torchrun, as a study's do.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ranks
+
+from tunemap.training import launch
+from tunemap.training.failure import describe, read_failures, write_failure
+from tunemap.training.heartbeat import Heartbeat, Watchdog, read_beats
+
+FAILING_WORKER = Path(__file__).parent / "sabotage.py"
+FAILING_STEP = 3
+PROMPT_S = 8.0  # from the failure to the outcome file, on a busy machine; about one on an idle one
+
+
+@pytest.fixture
+def launched(material, tmp_path, monkeypatch):
+    """Launch a run whose rank 1 fails in some way; returns its outcome and the seconds from the failure to the end."""
+
+    def run(how: str, strategy: str = "ddp", world_size: int = 2) -> tuple[dict, float]:
+        command = launch._command
+
+        def failing(*arguments):
+            return [
+                str(FAILING_WORKER) if part == "tunemap.training.worker" else part
+                for part in _script(command(*arguments))
+            ]
+
+        monkeypatch.setattr(launch, "_command", failing)
+        rank = 1 if world_size > 1 else 0
+        monkeypatch.setenv("SABOTAGE", json.dumps({"rank": rank, "step": FAILING_STEP, "how": how}))
+        monkeypatch.setenv("SABOTAGE_TIME", str(tmp_path / "time"))
+        paths = paths_in(tmp_path, material)
+        assert launch.launch(ranks.make_run("lora", strategy, world_size), paths, device="cpu") == 0
+        seconds = time.time() - float((tmp_path / "time").read_text())
+        assert processes_of(tmp_path) == []
+        assert not paths.work.exists()
+        return json.loads(paths.outcome.read_text()), seconds
+
+    return run
+
+
+def _script(command):
+    """The command with the worker as a script in place of `-m tunemap.training.worker`."""
+    place = command.index("tunemap.training.worker")
+    return [*command[: place - 1], *command[place:]]
+
+
+def paths_in(folder, material):
+    own = {name: folder / name for name in ("work", "weights")}
+    files = {"steps": folder / "steps.csv", "outcome": folder / "outcome.json"}
+    return launch.Paths(material.model, material.dataset, material.tokens, **own, **files)
+
+
+def processes_of(folder):
+    """Command lines of living processes that work in `folder`."""
+    deadline = time.monotonic() + 2  # the kernel needs a moment to end orphans
+    while found := [line for line in _command_lines() if str(folder) in line]:
+        if time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+    return []
+
+
+def _command_lines():
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+            yield " ".join(process.info["cmdline"] or [])
+
+
+def test_out_of_memory_of_one_rank_is_the_runs_outcome(launched):
+    outcome, seconds = launched("out of memory")
+    assert seconds < PROMPT_S
+    assert (outcome["outcome"], outcome["rank"], outcome["phase"]) == ("oom", 1, "train")
+    assert (outcome["bytes_asked"], outcome["bytes_free"]) == (2 * 2**30, 3 * 2**29)
+
+
+def test_exception_of_one_rank_is_named_and_not_its_partners_complaint(launched):
+    outcome, seconds = launched("exception", "fsdp")
+    assert seconds < PROMPT_S
+    assert (outcome["outcome"], outcome["rank"]) == ("error", 1)
+    assert outcome["reason"] == "ValueError: the tokens of this rank are spoiled"
+
+
+def test_killed_rank_is_named(launched):
+    outcome, seconds = launched("killed")
+    assert seconds < PROMPT_S
+    assert (outcome["outcome"], outcome["rank"], outcome["phase"]) == ("error", 1, "train")
+    assert outcome["step"] == FAILING_STEP
+    assert outcome["reason"] == (
+        "rank 1: the training process was ended by SIGKILL (the system may have run out of memory)"
+    )
+
+
+def test_hanging_rank_ends_the_run_at_the_limit_and_is_named(launched, monkeypatch):
+    monkeypatch.setattr(launch, "STALL_LIMIT_S", 3.0)
+    outcome, seconds = launched("hang")
+    assert 3 < seconds < 3 + PROMPT_S
+    assert (outcome["outcome"], outcome["rank"], outcome["phase"]) == ("timeout", 1, "train")
+    assert outcome["reason"] == f"rank 1 has not moved on for 3 s, in step {FAILING_STEP} (forward)"
+
+
+def test_hanging_single_process_ends_too(launched, monkeypatch):
+    monkeypatch.setattr(launch, "STALL_LIMIT_S", 3.0)
+    outcome, _ = launched("hang", "single", 1)
+    assert (outcome["outcome"], outcome["rank"]) == ("timeout", 0)
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(material, tmp_path):
+    run = ranks.make_run("lora", "ddp", 2, max_steps=100_000, epochs=None)
+    (tmp_path / "run.json").write_text(json.dumps(run.training_spec()))
+    paths = paths_in(tmp_path, material)
+    program = (
+        "import sys; from pathlib import Path; from tunemap.run import Run; from tunemap.training import launch\n"
+        "run = Run.from_json(Path(sys.argv[1]).read_text())\n"
+        "launch.launch(run, launch.Paths(*map(Path, sys.argv[2:])), device='cpu')\n"
+    )
+    named = ("model", "dataset", "tokens", "work", "weights", "steps", "outcome")
+    arguments = [str(tmp_path / "run.json"), *(str(getattr(paths, name)) for name in named)]
+    launcher = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + ranks.WAIT_SECONDS
+    while len(read_beats(paths.work)) < 2:
+        assert time.monotonic() < deadline
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    launcher.kill()
+    launcher.wait()
+    assert processes_of(tmp_path) == []
+
+
+# --- the parts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:36247",
+        "Read error [127.0.0.1]:9: Connection reset by peer",
+        "NCCL error: remote process exited or there was a network error, NCCL version 2.27.5",
+    ],
+)
+def test_cause_stands_before_its_consequences(tmp_path, message):
+    write_failure(tmp_path, describe(RuntimeError(message), rank=0, phase="train", step=1))
+    write_failure(tmp_path, describe(ValueError("the cause"), rank=3, phase="train", step=1))
+    assert [failure.rank for failure in read_failures(tmp_path)] == [3, 0]
+    write_failure(tmp_path, describe(MemoryError(), rank=2, phase="train", step=1))
+    assert [failure.rank for failure in read_failures(tmp_path)] == [2, 3, 0]
+
+
+def test_watchdog_names_the_rank_that_is_furthest_behind(tmp_path):
+    hearts = [Heartbeat(tmp_path, rank) for rank in range(3)]
+    for heart, phase in zip(hearts, ("backward", "forward", "backward"), strict=True):
+        heart.beat(7, phase)
+    patient, strict = Watchdog(tmp_path, 60.0), Watchdog(tmp_path, 0.05)
+    assert patient.stalled() is None
+    assert strict.stalled() is None  # it has just seen them move
+    time.sleep(0.1)
+    assert (strict.stalled().rank, strict.stalled().step, strict.stalled().phase) == (1, 7, "forward")
+    assert patient.stalled() is None
+    hearts[0].beat(7, "optimizer")
+    assert strict.stalled() is None
+    for heart in hearts:
+        heart.stop()
+    time.sleep(0.1)
+    assert strict.stalled() is None  # saving may take its time
+
+
+def test_watchdog_is_silent_before_training(tmp_path):
+    watchdog = Watchdog(tmp_path, 0.01)
+    watchdog.stalled()
+    time.sleep(0.05)
+    assert watchdog.stalled() is None
+
+
+def test_ranks_that_torchrun_ended_are_no_cause(tmp_path):
+    from tunemap.distributed.torchrun import silent_failures
+
+    write_failure(tmp_path, describe(RuntimeError("Connection closed by peer"), rank=0, phase="train", step=1))
+    codes = {0: 1, 1: -signal.SIGSEGV, 2: -signal.SIGTERM, 3: 0}
+    (failure,) = silent_failures(codes, tmp_path)
+    assert (failure.rank, failure.reason) == (1, "rank 1: the training process was ended by SIGSEGV")

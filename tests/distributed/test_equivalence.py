@@ -26,11 +26,20 @@ def test_losses_are_those_of_one_process(trained, method, strategy, world_size, 
 def test_every_strategy_runs_on_one_device_as_the_baseline_of_scaling(trained, strategy):
     alone = trained("lora", strategy, 1)
     assert_same_trajectory(alone, trained("lora"))
-    assert alone.result["communication"]["communication_sent_bytes_per_step"] == 0
+    assert set(alone.result["communication"].values()) == {0}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
-@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 2), ("hybrid", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "optimizer"),
+    [
+        ("ddp", 2, "adamw_8bit"),
+        ("ddp", 2, "paged_adamw"),
+        ("fsdp", 2, "adamw_8bit"),
+        ("fsdp", 2, "paged_adamw"),
+        ("fsdp", 2, "paged_adamw_8bit"),
+        ("hybrid", 4, "adamw_8bit"),
+    ],
+)
 def test_bitsandbytes_optimizers_run_under_every_strategy(trained, strategy, world_size, optimizer):
     finished = trained("full", strategy, world_size, optimizer=optimizer)
     # 8-bit states are quantised in blocks, which sharding cuts elsewhere.

@@ -7,9 +7,9 @@ clipping). Two counts per call, which published comparisons mix up:
                     the bytes of the gradients, which for LoRA are those of the adapters.
     sent_bytes      what each rank must send for it at least, with a ring of N ranks: payload × 2(N - 1)/N for an
                     all-reduce and × (N - 1)/N for the others (Patarasuk and Yuan 2009,
-                    https://doi.org/10.1016/j.jpdc.2008.09.002). Zero for a group of one.
+                    https://doi.org/10.1016/j.jpdc.2008.09.002).
 
-Copies inside a device are no communication, and are not in it.
+Copies inside a device are no communication, and neither are the calls of a group of one.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class CommunicationCounter(TorchDispatchMode):
             return
         kind = next((kind for part, kind in _KINDS.items() if part in operator), operator)
         group = _group(args)
+        if group.size() == 1:
+            return  # DDP calls its collective all the same, FSDP does not: nothing is sent
         key = (kind, _name(group), group.size())
         self._calls[key] += 1
         # The full size is what a gather gives and a reduce-scatter takes: the larger of the two sides.

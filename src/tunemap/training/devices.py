@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -89,6 +89,9 @@ def _lease(total: int, count: int, held: ExitStack) -> list[str]:
 
 
 def _lock_file(index: int) -> IO[str]:
+    """The lock file of a device. All users of the machine share it: a lock needs no more than the right to read."""
     folder = Path(tempfile.gettempdir()) / "tunemap-device-leases"
-    folder.mkdir(mode=0o777, exist_ok=True)
-    return (folder / f"gpu{index}.lock").open("w")
+    with suppress(FileExistsError):
+        folder.mkdir()
+        folder.chmod(0o777)  # whatever the umask
+    return os.fdopen(os.open(folder / f"gpu{index}.lock", os.O_RDONLY | os.O_CREAT, 0o644))

@@ -8,6 +8,7 @@
     results/STUDY/tables/comparisons.csv   each point of an experiment against its baseline
     results/STUDY/tables/gates.csv         every validity gate of every run and comparison
     results/STUDY/tables/losses.csv        loss curves, thinned for drawing
+    results/STUDY/tables/ranks.csv         rank and importance of each adapted module, where a method chose them
     results/STUDY/tables/environment.csv   machine and software, with the number of runs that had each value
 
 A result that belongs to another plan is refused; a missing or broken file is a row with the reason.
@@ -116,6 +117,7 @@ class Tables:
     comparisons: pd.DataFrame
     gates: pd.DataFrame
     losses: pd.DataFrame
+    ranks: pd.DataFrame
     environment: pd.DataFrame
 
 
@@ -150,6 +152,7 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
         comparisons=_frame(comparisons, tables.COMPARISON_COLUMNS),
         gates=_frame([*_run_gates(results), *comparison_gates], tables.GATE_COLUMNS),
         losses=pd.concat(losses) if losses else pd.DataFrame(columns=["run", *LOSS_COLUMNS]),
+        ranks=_frame(list(rank_rows(results)), RANK_COLUMNS),
         environment=_frame(_environment_rows(results), ("name", "value", "runs")),
     )
 
@@ -205,7 +208,7 @@ def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> tables.Re
         elif "digest" not in found:
             outcome, reason = "error", f"{path}: has no digest, so that nobody knows what it belongs to"
         measurements = found.get("measurements")
-        environment = found.get("environment")
+        environment, facts = found.get("environment"), found.get("facts")
         result = tables.Result(
             run=run,
             planned=planned,
@@ -216,6 +219,7 @@ def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> tables.Re
             measurements=_scalars(measurements) if isinstance(measurements, dict) else {},
             environment=environment if isinstance(environment, dict) else {},
             gates=tuple(gate for gate in found.get("gates") or () if isinstance(gate, dict) and "gate" in gate),
+            facts=facts if isinstance(facts, dict) else {},
         )
     return _with_evaluation(result, results_dir / "evaluations" / run)
 
@@ -413,6 +417,31 @@ def _run_gates(results: dict[str, tables.Result]) -> Iterator[dict[str, Any]]:
         for gate in result.gates:
             kept = {key: gate.get(key) for key in ("gate", "passed", "fatal", "message")}
             yield {"scope": "run", "experiment": None, "subject": result.run, **kept}
+
+
+RANK_COLUMNS = ("run", "module", "layer", "part", "rank", "reference_rank", "importance")
+
+
+def rank_rows(results: dict[str, tables.Result]) -> Iterator[dict[str, Any]]:
+    """The plan of each run whose method chose ranks: one row per adapted module, in the model's order.
+
+    `layer` is the number in the module's name, `part` its last step; `importance` is empty where nothing was estimated.
+    """
+    for result in results.values():
+        plan = result.facts.get("gora")
+        if not isinstance(plan, dict):
+            continue
+        for module, values in plan["modules"].items():
+            steps = module.split(".")
+            yield {
+                "run": result.run,
+                "module": module,
+                "layer": next((int(step) for step in steps if step.isdigit()), None),
+                "part": steps[-1],
+                "rank": values["rank"],
+                "reference_rank": plan["settings"]["reference_rank"],
+                "importance": values["importance"],
+            }
 
 
 def _environment_rows(results: dict[str, tables.Result]) -> list[dict[str, Any]]:

@@ -164,6 +164,7 @@ CASES: dict[str, tuple[Any, Any, bool]] = {
     ),
     "cpu_share": (call(0.95, 1.0), call(0.29, 1.0), False),
     "equal_factors": (call("lora", "full", []), call("lora", "full", ["per_device_batch_size (32 against 8)"]), False),
+    "same_adapters": (call("gora", "lora", []), call("gora", "lora", ["bfloat16 against float32"]), False),
     "speed_up_bound": (call("full", 1.3, 1.2), call("full", 3.6, 3.5), False),
     "memory_prediction": (call(1300e6, 1305.9e6), call(1840e6, 1305.9e6), False),
     "interval": (call("lora", "full", known=True), call("lora", "full", known=False), False),

@@ -25,6 +25,20 @@ def equal_factors_gate(label: str, baseline: str, differing: Sequence[str]) -> G
     return GateResult("equal_factors", False, False, message)
 
 
+@gate(7)
+def same_adapters_gate(label: str, baseline: str, differing: Sequence[str]) -> GateResult:
+    """Two methods of the LoRA family differ in their numbers, not in the layer class or the dtype of their adapters.
+
+    Prevents: crediting a method with the speed of other code or of a narrower dtype.
+    Would have stopped: GoRA's "+15 % throughput", which is float32 against bfloat16 adapters in two layer classes
+    (F05).
+    """
+    if not differing:
+        return GateResult("same_adapters", True, False, f"adapter layers and dtype are those of {baseline}")
+    message = f"{label} has other adapters than {baseline}: {'; '.join(differing)}; speeds compare these too"
+    return GateResult("same_adapters", False, False, message)
+
+
 @gate(8)
 def speed_up_bound_gate(baseline: str, ratio: float, surely: float) -> GateResult:
     """An adapter method is at most 1.5 × as fast as full fine-tuning with the same batch; `surely`: the lower bound.

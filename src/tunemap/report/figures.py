@@ -13,7 +13,7 @@ import json
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from matplotlib.transforms import Bbox
 from tunemap.collect import Tables, read_tables
 from tunemap.files import read_json, write_atomic
 from tunemap.report.captures import PHASES, Captured, read_captures
+from tunemap.report.rank_map import draw_ranks
 from tunemap.report.tables import records
 
 STYLE = Path(__file__).with_name("tunemap.mplstyle")
@@ -87,6 +88,7 @@ class Scene:
     losses: pd.DataFrame
     colours: dict[str, Any]
     captures: list[Captured]
+    ranks: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def trained(self) -> list[Row]:
@@ -131,6 +133,7 @@ def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]
         runs = set(members.loc[members["experiment"] == name, "run"])
         labels = {run: label for label, group in point_runs(plan, experiment).items() for run in group}
         in_scene = tables.runs[tables.runs["run"].isin(runs)]
+        chosen = tables.ranks[tables.ranks["run"].isin(runs)]
         drawn.append(
             Scene(
                 name,
@@ -139,6 +142,7 @@ def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]
                 tables.losses[tables.losses["run"].isin(runs)],
                 colours,
                 read_captures(facts_dir, {run: labels[run] for run in experiment.get("captures", [])}),
+                chosen.assign(point=chosen["run"].map(labels)),
             )
         )
     return drawn
@@ -596,4 +600,5 @@ KINDS: dict[str, tuple[Callable[[Scene], tuple[Figure, str, str] | None], str]] 
     "memory": (draw_memory, "Peak memory"),
     "loss": (draw_loss, "Loss"),
     "step": (draw_step, "Where a step goes"),
+    "ranks": (lambda scene: draw_ranks(scene.ranks), "Ranks and importances by layer"),
 }

@@ -18,7 +18,12 @@ import pandas as pd
 from tunemap import statistics
 from tunemap.config import EVALUATION_FACTORS
 from tunemap.gates import GateResult, order_gate
-from tunemap.gates.comparison import equal_factors_gate, interval_gate, speed_up_bound_gate
+from tunemap.gates.comparison import (
+    equal_factors_gate,
+    interval_gate,
+    same_adapters_gate,
+    speed_up_bound_gate,
+)
 from tunemap.statistics import NOT_DISTINGUISHABLE, Comparison, Interval
 
 # What a row without fine-tuning shares with the runs that it belongs to; its other factors mean nothing.
@@ -79,6 +84,7 @@ class Result:
     measurements: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     gates: tuple[dict[str, Any], ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     evaluation_outcome: str = "missing"
     evaluation_reason: str | None = None
@@ -425,9 +431,37 @@ def _comparison(point: Point, baseline: Point, vary: list[str]) -> dict[str, Any
     row["throughput"] = statistics.ratio(point.values("tokens_per_second"), baseline.values("tokens_per_second"))
     memory = statistics.ratio(point.values("peak_allocated_bytes"), baseline.values("peak_allocated_bytes"))
     row |= _interval_cells("memory_ratio", memory.effect)
+    adapters = _differing_adapters(point, baseline, vary)
+    if adapters is not None:
+        same = same_adapters_gate(point.label, baseline.label, adapters)
+        row["gates"].append(_gate(point, same))
+        caveats += [] if same.passed else [same.message]
     row["gates"] += _speed_gates(point, baseline, row["throughput"].effect)
     row["caveat"] = "; ".join(caveats) or None
     return row
+
+
+def _differing_adapters(point: Point, baseline: Point, vary: list[str]) -> list[str] | None:
+    """How the adapters of two methods of the LoRA family differ besides their numbers; None for other methods.
+
+    Over a base in 4 bits peft has layers of another class; they are compared where both bases are alike.
+    """
+    layers = [
+        {name for result in one.ok for name in result.facts.get("adapter_layers") or ()} for one in (point, baseline)
+    ]
+    if not all(names and all(name.startswith(LORA_LAYERS) for name in names) for names in layers):
+        return None
+    methods = point.planned["method"], baseline.planned["method"]
+    differing = []
+    if layers[0] != layers[1] and methods[0].get("quantization_type") == methods[1].get("quantization_type"):
+        differing.append(" against ".join("+".join(sorted(names)) for names in layers))
+    dtypes = [method.get("adapter_dtype") for method in methods]
+    if dtypes[0] != dtypes[1] and "method.adapter_dtype" not in vary:
+        differing.append(f"{dtypes[0]} against {dtypes[1]}")
+    return differing
+
+
+LORA_LAYERS = "peft.tuners.lora."
 
 
 def _endings(point: Point) -> str:

@@ -1,7 +1,11 @@
 """Communication and memory of a step under each strategy, against closed forms."""
 
+import dataclasses
+
 import pytest
 import ranks
+
+from tunemap.training.steps import imbalance, summarise_steps
 
 BYTES = 4  # of a number in fp32
 
@@ -92,3 +96,20 @@ def test_ddp_holds_everything_on_every_rank(trained):
     for rank in finished.result["memory"]:
         assert rank["parameters_bytes"] == pytest.approx(total, rel=0.02)
         assert rank["end_allocated_bytes"] == pytest.approx(4 * total, rel=0.02, abs=8000)  # gradients live in buckets
+
+
+def test_imbalance_is_what_the_fullest_rank_has_beyond_the_mean(trained):
+    record = trained("full", "ddp", 2).records[0]
+    even = [dataclasses.replace(record, rank=rank, padded_tokens=100) for rank in range(4)]
+    uneven = [*even[:3], dataclasses.replace(even[3], padded_tokens=200)]
+    assert imbalance([even], "padded_tokens") == 0
+    assert imbalance([uneven], "padded_tokens") == pytest.approx(200 / 125 - 1)
+    assert imbalance([even, uneven], "padded_tokens") == pytest.approx(0.3)
+    assert imbalance([], "padded_tokens") is None
+
+
+def test_every_run_reports_the_imbalance_of_its_ranks(trained):
+    several, single = (summarise_steps(trained("full", *layout).records) for layout in [("ddp", 4), ()])
+    assert 0 < several["rank_tokens_imbalance"] < 3
+    assert 0 < several["rank_forward_imbalance"] < 3
+    assert single["rank_tokens_imbalance"] == single["rank_forward_imbalance"] == 0

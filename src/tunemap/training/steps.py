@@ -144,6 +144,7 @@ def _timings(measured: Sequence[Sequence[StepRecord]]) -> dict[str, float | int 
         keys = ["step_time_mean_s", "step_time_sd_s", "step_time_cv", "step_time_median_s", "step_time_p95_s"]
         keys += ["step_period_mean_s", "tokens_per_step_mean"]
         keys += [f"{name}_time_mean_s" for name in names[1:]]
+        keys += ["rank_tokens_imbalance", "rank_forward_imbalance"]
         return dict.fromkeys([*keys, *THROUGHPUTS, "cpu_time_mean_s", "seconds_per_10k_tokens"])
     times = summarise([max(record.step_time_s for record in ranks) for ranks in measured])
     seconds = sum(max(record.step_time_s + record.data_time_s for record in ranks) for ranks in measured)
@@ -163,6 +164,8 @@ def _timings(measured: Sequence[Sequence[StepRecord]]) -> dict[str, float | int 
         "step_period_mean_s": seconds / len(measured),
         "tokens_per_step_mean": total("real_tokens") / len(measured),
         **{f"{name}_time_mean_s": mean(f"{name}_time_s") for name in names[1:]},
+        "rank_tokens_imbalance": imbalance(measured, "padded_tokens"),
+        "rank_forward_imbalance": imbalance(measured, "forward_time_s"),
         "cpu_time_mean_s": mean("cpu_time_s"),
         **{name: total(column) / seconds for name, column in THROUGHPUTS.items()},
         "seconds_per_10k_tokens": 10_000 * seconds / total("real_tokens"),
@@ -175,3 +178,17 @@ THROUGHPUTS = {
     "padded_tokens_per_second": "padded_tokens",
     "samples_per_second": "samples",
 }
+
+
+def imbalance(steps: Sequence[Sequence[StepRecord]], column: str) -> float | None:
+    """By what share the rank with most exceeds the mean of all ranks, averaged over steps: 0 if all are equal.
+
+    Of the token slots it is the cause, of the forward pass the effect: there DDP does not wait for other ranks yet,
+    while the whole step lasts equally long on all of them. FSDP gathers weights in it and hides part of the effect.
+    """
+    shares = []
+    for ranks in steps:
+        values = [getattr(record, column) for record in ranks]
+        if sum(values) > 0:
+            shares.append(max(values) * len(values) / sum(values) - 1)
+    return sum(shares) / len(shares) if shares else None

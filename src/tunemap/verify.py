@@ -34,10 +34,20 @@ def run_verify(args: argparse.Namespace) -> int:
         print(difference)
     runs = len(read_json(args.results / PLAN)["runs"])
     if differences:
+        if others := _made_by_other_sources(args.results):
+            print(f"note: {others} runs were made by other sources of this package, whose definitions may differ")
         print(f"{len(differences)} difference(s) between the results of {runs} runs and what follows from their files")
         return 1
     print(f"{runs} runs: digests, summaries, gates and tables all follow from the raw files")
     return 0
+
+
+def _made_by_other_sources(results_dir: Path) -> int:
+    """How many results carry a source digest that is not this package's."""
+    from tunemap.measure.environment import package_digest
+
+    found = [read_json(path).get("environment", {}) for path in (results_dir / "runs").glob("*/outcome.json")]
+    return sum(one.get("source_digest", package_digest()) != package_digest() for one in found)
 
 
 def verify(results_dir: Path) -> list[str]:

@@ -250,3 +250,9 @@ def test_a_missing_file_is_named(study: Path, gone: str) -> None:
 def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no plan.json; give the folder of a study"):
         verify(tmp_path)
+
+
+def test_results_of_other_sources_are_said_to_be(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(study / "runs" / "lora" / "outcome.json", environment={"source_digest": "another"}, digest="x")
+    assert run_verify(argparse.Namespace(results=study)) == 1
+    assert "note: 1 runs were made by other sources of this package" in capsys.readouterr().out

@@ -313,3 +313,29 @@ def test_start_that_moves_weights_sees_all_batches_on_every_process(bare):
     adapted(bare, PeftMethod(kind="peft", type="LORA_GA", parameters={"r": 2}), batches=batches)
     adapted(bare, GoraMethod(kind="gora", reference_rank=2), batches=batches)
     assert asked == [True, False]  # each process has its share of GoRA's, whose gradients are summed
+
+
+# --- classifiers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "max_position_embeddings": 32}
+    return DistilBertForSequenceClassification(DistilBertConfig(num_labels=2, **sizes))
+
+
+@pytest.mark.parametrize("variant", ["lora", "gora", "gora_hpml"])
+def test_head_of_a_classifier_is_trained_whole_and_counted_once(classifier, variant):
+    method = GoraMethod(kind="gora", variant=variant, reference_rank=4)
+    batch = {"input_ids": torch.arange(24).reshape(2, 12), "labels": torch.tensor([0, 1])}
+    options = {"task_kind": "classification", "trained_dtype": torch.float32, "adapter_dtype": torch.float32}
+    made = adapt(copy.deepcopy(classifier), method, seed=0, start=start(batches=lambda shared: [batch]), **options)
+    counted = count_parameters(made.model)
+    assert trainable_parameters_gate(counted.trainable, made.trainable).passed
+    assert counted.head == 32 * 32 + 32 + 2 * 32 + 2
+    assert set(made.facts["gora"]["modules"]) == {
+        n for n, m in classifier.named_modules() if n.endswith(("_lin", "lin1", "lin2"))
+    }

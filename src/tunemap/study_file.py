@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from tunemap.config import Study
 from tunemap.data.locate import source_files
 from tunemap.errors import UserError, nearest, unknown_key
+from tunemap.hardware import load_hardware
 from tunemap.models.locate import model_files
 from tunemap.paths import expanded
 from tunemap.study import Plan, plan_study
@@ -96,7 +97,7 @@ def _exponents(value: Any, place: str) -> Iterator[tuple[str, str]]:
 
 
 def _missing_files(study: Study) -> list[str]:
-    """Local files that models and datasets name and that are not there."""
+    """Files that models, datasets and hardware name and that are not there."""
     problems = []
     try:
         root = Path(expanded(study.data_root))
@@ -116,6 +117,11 @@ def _missing_files(study: Study) -> list[str]:
             problems.append(f"datasets.{name}.{error}")
         except (OSError, RuntimeError) as error:
             problems.append(f"datasets.{name}: {error}")
+    if study.hardware.description is not None:
+        try:
+            load_hardware(study.hardware.description)
+        except UserError as error:
+            problems.append(f"hardware.description: {error}")
     return problems
 
 

@@ -774,3 +774,9 @@ def test_the_default_study_with_every_section_is_accepted(repository, workplace)
     path = workplace / "s.yaml"
     path.write_text(yaml.safe_dump(full_study(repository) | {"data_root": str(workplace)}, sort_keys=False))
     assert plan_or_refusal(path)
+
+
+def test_unknown_hardware_description(tmp_path):
+    (problem,) = problems(tmp_path, STUDY + "hardware: {description: h10}\n")
+    assert problem.startswith("hardware.description: hardware 'h10' is not described")
+    assert "h100" in problem

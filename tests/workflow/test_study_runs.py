@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tunemap.sources import sources
+from tunemap.verify import verify
 
 from .conftest import BASE, FULL, LORA
 
@@ -85,6 +86,16 @@ def test_the_report_needs_nothing_from_outside(finished):
     assert 'src="http' not in page
     assert 'href="http' not in page.replace('href="https://arxiv.org', "")
     assert page.count("<svg") >= 3
+
+
+def test_the_tables_follow_from_the_raw_files(finished):
+    assert verify(finished.results) == []
+
+
+def test_a_changed_result_is_noticed(copy):
+    predictions = copy.results / "evaluations" / LORA / "predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace('"correct": false', '"correct": true', 1))
+    assert verify(copy.results)
 
 
 def test_nothing_unfinished_is_left(finished):

@@ -161,6 +161,10 @@ def facts(wildcards):
     return [f"results/{PLAN.study}/facts/{run}" for run in PLAN.captures]
 
 
+def hardware_descriptions(wildcards):
+    return [os.path.relpath(file) for file in sorted((CHECKOUT / "resources" / "hardware").glob("*.yaml"))]
+
+
 def tables_plan(wildcards):
     """The plan without the wording of the report: a new title does not make new tables."""
     return PLAN.tables_file

@@ -12,6 +12,7 @@ rule tables:
         code=sources("make_tables"),
         outcomes=outcomes,
         evaluations=evaluations,
+        hardware=hardware_descriptions,
     output:
         runs=report(
             "results/{study}/tables/runs.csv",

@@ -23,10 +23,12 @@ rule train:
         spec=training_spec,
         device=device,
     # The work folder is no output: it must survive a kill, and Snakemake removes the outputs of a killed job.
+    # The ceilings are no input: measuring one (tunemap ceiling) is no reason to train again.
     shell:
         "python {input.code[0]} --spec {params.spec:q} --device {params.device}"
         " --model {input.model} --dataset {input.dataset} --tokens {input.tokens}"
         " --work results/{wildcards.study}/unfinished/{wildcards.run}"
+        " --ceilings results/shared/ceilings.json"
         " --weights {output.weights} --steps {output.steps} --outcome {output.outcome} >{log} 2>&1"
 
 

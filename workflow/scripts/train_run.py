@@ -23,6 +23,7 @@ def main() -> int:
         "outcome": "json file to write: how the run ended, and its measurements",
     }.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=meaning)
+    parser.add_argument("--ceilings", type=Path, help="json file of `tunemap ceiling`, read if it is there")
     values = vars(parser.parse_args())
     run, device = Run.from_json(values.pop("spec")), values.pop("device")
     return launch(run, Paths(**values), device=device)

@@ -36,6 +36,7 @@ lint: install ## format, style, types, and Snakemake's own linter
 
 bench: install ## print what the instruments cost, and how fast traces are read
 	python benchmarks/overhead.py
+	python benchmarks/agreement.py
 	python benchmarks/extraction.py
 
 format: install ## rewrite the sources in the project's format

@@ -3,6 +3,7 @@
 What runs in them is the worker that the launcher starts, with the variables that torchrun would set.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -232,6 +233,7 @@ def _rank(arguments: list[str], environment: dict[str, int], log: Path, sabotage
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(WAIT_SECONDS / 2)  # a rank that hangs says where
     if sabotage:
         from sabotage import sabotage as spoil
 

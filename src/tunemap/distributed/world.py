@@ -73,6 +73,10 @@ def join_world(device: str, *, strategy: str, expected_size: int) -> World:
 
 
 def leave_world() -> None:
-    """Leave the group, if there is one."""
-    if dist.is_initialized():
+    """Leave the group, if there is one that needs it; the process is about to end.
+
+    nccl wants its communicators taken down in order. A gloo group is left to the end of the process: tearing it down
+    talks to the store of rank 0, which may be gone by then.
+    """
+    if dist.is_initialized() and dist.get_backend() != "gloo":
         dist.destroy_process_group()

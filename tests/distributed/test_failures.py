@@ -190,3 +190,14 @@ def test_ranks_that_torchrun_ended_are_no_cause(tmp_path):
     codes = {0: 1, 1: -signal.SIGSEGV, 2: -signal.SIGTERM, 3: 0}
     (failure,) = silent_failures(codes, tmp_path)
     assert (failure.rank, failure.reason) == (1, "rank 1: the training process was ended by SIGSEGV")
+
+
+def test_run_that_ends_well_through_torchrun_has_an_outcome_and_leaves_nothing(material, tmp_path):
+    paths = paths_in(tmp_path, material)
+    assert launch.launch(ranks.make_run("lora", "fsdp", 2), paths, device="cpu") == 0
+    outcome = json.loads(paths.outcome.read_text())
+    assert (outcome["outcome"], outcome["measurements"]["steps"]) == ("ok", 6)
+    assert outcome["measurements"]["communication_bytes_per_step"] > 0
+    assert [rank["rank"] for rank in outcome["memory_by_rank"]] == [0, 1]
+    assert len(outcome["communication_by_rank"]) == 2
+    assert processes_of(tmp_path) == []

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tunemap.distributed.scaling import SCALING_COLUMNS, scaling_rows
 from tunemap.errors import UserError
 from tunemap.files import read_json, write_atomic
 from tunemap.gates.comparison import memory_prediction_gate
@@ -118,6 +119,7 @@ class Tables:
     gates: pd.DataFrame
     losses: pd.DataFrame
     ranks: pd.DataFrame
+    scaling: pd.DataFrame
     environment: pd.DataFrame
 
 
@@ -145,14 +147,16 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
     memberships: dict[str, list[str]] = {run: [] for run in results}
     for experiment, run in _memberships(plan):
         memberships[run].append(experiment)
+    rows = [_run_row(result, memberships[run]) for run, result in results.items()]
     return Tables(
-        runs=_frame([_run_row(result, memberships[run]) for run, result in results.items()]),
+        runs=_frame(rows),
         experiments=pd.DataFrame(_memberships(plan), columns=["experiment", "run"]),
         points=_frame(points, tables.POINT_COLUMNS),
         comparisons=_frame(comparisons, tables.COMPARISON_COLUMNS),
         gates=_frame([*_run_gates(results), *comparison_gates], tables.GATE_COLUMNS),
         losses=pd.concat(losses) if losses else pd.DataFrame(columns=["run", *LOSS_COLUMNS]),
         ranks=_frame(list(rank_rows(results)), RANK_COLUMNS),
+        scaling=_frame([asdict(row) for row in scaling_rows(rows)], SCALING_COLUMNS),
         environment=_frame(_environment_rows(results), ("name", "value", "runs")),
     )
 

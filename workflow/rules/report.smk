@@ -28,6 +28,8 @@ rule tables:
         experiments="results/{study}/tables/experiments.csv",
         gates="results/{study}/tables/gates.csv",
         losses="results/{study}/tables/losses.csv",
+        ranks="results/{study}/tables/ranks.csv",
+        scaling="results/{study}/tables/scaling.csv",
         environment="results/{study}/tables/environment.csv",
         points_latex="results/{study}/tables/points.tex",
         comparisons_latex="results/{study}/tables/comparisons.tex",

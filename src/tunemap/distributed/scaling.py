@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tunemap import statistics
@@ -57,6 +57,9 @@ class ScalingRow:
     communication_bytes_per_step: int | None
     communication_sent_bytes_per_step: int | None
     reason: str | None
+
+
+SCALING_COLUMNS = tuple(field.name for field in fields(ScalingRow))
 
 
 def scaling_rows(runs: Iterable[Mapping[str, Any]]) -> list[ScalingRow]:

@@ -57,6 +57,7 @@ def write_report(plan_path: Path, tables_dir: Path, figures_dir: Path, output: P
         ],
         run_count=len(runs),
         ok_count=sum(run["outcome"] == "ok" for run in runs),
+        scaling=[scaling_cells(row) for row in records(tables.scaling)],
         failed=[run | {"word": OUTCOME_WORDS.get(run["outcome"], run["outcome"])} for run in runs if _failed(run)],
         tripped=[gate for gate in gates if gate["passed"] in (False, "False")],
         gate_count=len(gates),
@@ -64,6 +65,28 @@ def write_report(plan_path: Path, tables_dir: Path, figures_dir: Path, output: P
         environment=records(tables.environment),
     )
     write_atomic(output, html)
+
+
+def scaling_cells(row: Row) -> list[str]:
+    """One row of the scaling table as text."""
+
+    def interval(name: str, digits: int, factor: float = 1.0) -> str:
+        value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
+        if value is None:
+            return row["reason"] or "—"
+        middle = f"{value * factor:.{digits}f}"
+        return middle if low is None else f"{middle} ({low * factor:.{digits}f} to {high * factor:.{digits}f})"
+
+    sent, peak = row["communication_bytes_per_step"], row["peak_allocated_bytes"]
+    return [
+        f"{row['mode']}: {row['method']} · {row['strategy']}",
+        f"{row['gpus']}",
+        "—" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+        interval("speed_up", 2),
+        interval("efficiency", 0, 100),
+        "—" if peak is None else f"{peak / 2**20:,.1f}",
+        "—" if sent is None else f"{sent / 2**20:,.2f}",
+    ]
 
 
 def _of(rows: list[Row], experiment: str) -> list[Row]:

@@ -132,7 +132,7 @@ def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]
         name = experiment["name"]
         runs = set(members.loc[members["experiment"] == name, "run"])
         labels = {run: label for label, group in point_runs(plan, experiment).items() for run in group}
-        in_scene = tables.runs[tables.runs["run"].isin(runs)]
+        in_scene = tables.runs[tables.runs["run"].isin(runs)].copy()
         chosen = tables.ranks[tables.ranks["run"].isin(runs)]
         drawn.append(
             Scene(

@@ -162,7 +162,10 @@ def facts(wildcards):
 
 
 def hardware_descriptions(wildcards):
-    return [os.path.relpath(file) for file in sorted((CHECKOUT / "resources" / "hardware").glob("*.yaml"))]
+    return [
+        os.path.relpath(file)
+        for file in sorted((CHECKOUT / "resources" / "hardware").glob("*.yaml"))
+    ]
 
 
 def tables_plan(wildcards):

@@ -35,6 +35,7 @@ GRACE_SECONDS = 10.0  # between asking processes to end and ending them
 POLL_SECONDS = 0.05
 # While training: longer than any step, reading of losses or checkpoint should take. Compilation counts as a step.
 STALL_LIMIT_S = 600.0
+END_LIMIT_S = 60.0  # between the result of a run and the end of its processes
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,11 @@ def _train(run: Run, paths: Paths, devices: Devices) -> Finished:
         with _signals_as_exceptions():
             overdue = _wait(process, paths.work, limit)
         wall_s = time.monotonic() - started
+        lingering = process.poll() is None
     finally:
         end_group(process)
-    return Finished(overdue or _failure(paths.work, process.returncode), wall_s, started_at)
+    code = 0 if lingering else process.returncode  # one that lingers over a finished run is ended from here
+    return Finished(overdue or _failure(paths.work, code), wall_s, started_at)
 
 
 def _failure(work: Path, code: int | None) -> Failure | None:
@@ -171,10 +174,18 @@ def worker_environment(run: Run, devices: Devices) -> dict[str, str]:
 
 
 def _wait(process: subprocess.Popen[bytes], work: Path, limit_minutes: float | None) -> Failure | None:
-    """Wait for the end of the process; a failure if a limit came first: that of the run, or that on standing still."""
+    """Wait for the end of the process; a failure if a limit came first: that of the run, or that on standing still.
+
+    Returns too when the result is written and a process does not end: everything is on disk, nothing is lost.
+    """
     deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
-    watchdog = Watchdog(work, STALL_LIMIT_S)
+    watchdog, written_at = Watchdog(work, STALL_LIMIT_S), None
     while process.poll() is None:
+        if written_at is None and (work / "result.json").exists():
+            written_at = time.monotonic()
+        if written_at is not None and time.monotonic() - written_at > END_LIMIT_S:
+            print(f"a process has not ended {END_LIMIT_S:g} s after the result was written: ending it", flush=True)
+            return None
         if deadline is not None and time.monotonic() > deadline:
             progress = _progress(work)
             reason = f"not finished after time_limit_minutes {limit_minutes}"

@@ -6,9 +6,13 @@ A `sitecustomize` on the path of the worker breaks it from outside; nothing in t
 import csv
 import io
 import json
+import sys
+import time
 
 import pytest
 
+from tunemap.training import launch
+from tunemap.training.devices import Devices
 from tunemap.training.failure import describe
 
 LORA = {"kind": "lora", "rank": 2}
@@ -159,3 +163,15 @@ def test_an_outcome_exists_before_anything_can_fail(train, monkeypatch, tmp_path
 def test_messages_of_memory_are_told_from_others(error, outcome, asked):
     failure = describe(error, rank=0, phase="train", step=3)
     assert (failure.outcome, failure.bytes_asked) == (outcome, asked)
+
+
+def test_a_process_that_does_not_end_after_its_result_costs_no_result(tmp_path, monkeypatch, make_run):
+    paths = launch.Paths(
+        **dict.fromkeys(("model", "dataset", "tokens", "weights", "steps", "outcome"), tmp_path), work=tmp_path
+    )
+    linger = f"import pathlib, time; pathlib.Path({str(tmp_path)!r}, 'result.json').write_text('{{}}'); time.sleep(600)"
+    monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", linger])
+    monkeypatch.setattr(launch, "END_LIMIT_S", 0.3)
+    started = time.monotonic()
+    assert launch._train(make_run({"kind": "full"}), paths, Devices("cpu")).failure is None
+    assert time.monotonic() - started < 30

@@ -55,11 +55,10 @@ def shortened(run: Run) -> Run:
 def _capture(arguments: argparse.Namespace) -> None:
     import torch
 
-    from tunemap.data.batches import batch_schedule
     from tunemap.data.tokens import load_tokens
     from tunemap.distributed.world import join_world, leave_world
     from tunemap.training.assemble import assemble
-    from tunemap.training.batches import feed, micro_batches
+    from tunemap.training.batches import feed, micro_batches, schedule_of
     from tunemap.training.checkpoint import seed_everything
     from tunemap.training.loop import Loop
 
@@ -68,17 +67,7 @@ def _capture(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(factors.threads_per_process)
     world = join_world(arguments.device, strategy=factors.strategy, expected_size=factors.gpus)
     tokens = load_tokens(arguments.tokens)
-    schedule = batch_schedule(
-        tokens.train.lengths,
-        per_device_batch_size=factors.per_device_batch_size,
-        gradient_accumulation=factors.gradient_accumulation,
-        world_size=world.size,
-        batching=factors.batching,
-        max_length=factors.max_length,
-        seed=factors.seed,
-        epochs=None,
-        max_steps=factors.max_steps,
-    )
+    schedule = schedule_of(factors, tokens, world)
     assembled = assemble(run, arguments.model, world, schedule, tokens)
     state = assembled.state
     state.memory = {}  # the memory tracker stays out of the window

@@ -8,12 +8,28 @@ from collections.abc import Iterator
 
 import torch
 
-from tunemap.data.batches import Schedule
+from tunemap.config import Factors
+from tunemap.data.batches import Schedule, batch_schedule
 from tunemap.data.collate import Batch, collate, collate_packed
 from tunemap.data.tokens import Tokens
 from tunemap.distributed.world import World
 
 PREFETCHED_BATCHES = 4
+
+
+def schedule_of(factors: Factors, tokens: Tokens, world: World) -> Schedule:
+    """The order of training that a run's factors ask for."""
+    return batch_schedule(
+        tokens.train.lengths,
+        per_device_batch_size=factors.per_device_batch_size,
+        gradient_accumulation=factors.gradient_accumulation,
+        world_size=world.size,
+        batching=factors.batching,
+        max_length=factors.max_length,
+        seed=factors.seed,
+        epochs=factors.epochs,
+        max_steps=factors.max_steps,
+    )
 
 
 def micro_batches(

@@ -56,11 +56,7 @@ def describe(error: BaseException, *, rank: int, phase: str | None, step: int | 
     """Classify an exception of a worker."""
     message = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
     outcome = "error"
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or _OUT_OF_MEMORY.search(str(error))
-    ):
+    if _is_out_of_memory(error):
         outcome = "oom"
     elif isinstance(error, InvalidRunError):
         outcome, message = "invalid", str(error)

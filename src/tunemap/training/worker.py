@@ -130,11 +130,11 @@ def _train(job: Job, progress: Progress) -> None:
         import torch
 
         torch.set_num_threads(factors.threads_per_process)
-        from tunemap.data.batches import batch_schedule
         from tunemap.data.tokens import load_tokens
         from tunemap.distributed.world import join_world, leave_world
         from tunemap.training import checkpoint
         from tunemap.training.assemble import assemble
+        from tunemap.training.batches import schedule_of
         from tunemap.training.observe import Observer
 
         world = join_world(job.device, strategy=factors.strategy, expected_size=factors.gpus)
@@ -143,17 +143,7 @@ def _train(job: Job, progress: Progress) -> None:
     with progress.during("data"), parts.part("load"):
         tokens = load_tokens(job.tokens)
         progress.check(_data_gates(job, tokens))
-        schedule = batch_schedule(
-            tokens.train.lengths,
-            per_device_batch_size=factors.per_device_batch_size,
-            gradient_accumulation=factors.gradient_accumulation,
-            world_size=world.size,
-            batching=factors.batching,
-            max_length=factors.max_length,
-            seed=factors.seed,
-            epochs=factors.epochs,
-            max_steps=factors.max_steps,
-        )
+        schedule = schedule_of(factors, tokens, world)
     with progress.during("load"), parts.part("load"):
         found = checkpoint.find(job.work, world, digest=run.training_digest)
         known = found.manifest is not None and (job.work / PLANNED).exists()

@@ -184,7 +184,7 @@ def test_watchdog_is_silent_before_training(tmp_path):
 
 
 def test_ranks_that_torchrun_ended_are_no_cause(tmp_path):
-    from tunemap.distributed.torchrun import silent_failures
+    from tunemap.training.torchrun import silent_failures
 
     write_failure(tmp_path, describe(RuntimeError("Connection closed by peer"), rank=0, phase="train", step=1))
     codes = {0: 1, 1: -signal.SIGSEGV, 2: -signal.SIGTERM, 3: 0}

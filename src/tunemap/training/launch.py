@@ -152,7 +152,7 @@ def _command(run: Run, paths: Paths, run_file: Path, device: str) -> list[str]:
     if run.factors.strategy == "single":
         return [sys.executable, *worker]
     # --standalone picks a free port, so several runs on one host do not meet.
-    torchrun = ["-m", "tunemap.distributed.torchrun", str(paths.work)]
+    torchrun = ["-m", "tunemap.training.torchrun", str(paths.work)]
     return [sys.executable, *torchrun, "--standalone", f"--nproc-per-node={run.factors.gpus}", *worker]
 
 

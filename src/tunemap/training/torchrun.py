@@ -1,6 +1,6 @@
 """torchrun, which besides says how each rank ended that could not say it itself.
 
-    python -m tunemap.distributed.torchrun WORK_FOLDER [arguments of torchrun]
+    python -m tunemap.training.torchrun WORK_FOLDER [arguments of torchrun]
 
 A rank that the kernel kills (out of memory, a fault in a driver) leaves no message. Its partners then complain about
 a closed connection, which names nobody. torchrun sees the exit code of each, so the message is written here.

@@ -33,7 +33,10 @@ from tunemap.files import read_json, write_atomic
 from tunemap.gates.comparison import memory_prediction_gate
 from tunemap.gates.measurement import mfu_bounds_gate
 from tunemap.measure.datasheet import datasheet_columns, hardware_of
-from tunemap.report import tables
+from tunemap.report.comparisons import COMPARISON_COLUMNS, GATE_COLUMNS, compare
+from tunemap.report.equal_factors import fingerprint
+from tunemap.report.latex import comparisons_latex, points_latex
+from tunemap.report.points import POINT_COLUMNS, Result
 
 OUTCOMES = ("ok", "oom", "timeout", "error", "invalid", "unsupported")  # of a run; collect adds `missing`
 MEASUREMENTS = (
@@ -143,7 +146,7 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
             curve.insert(0, "run", run)
             losses.append(curve)
         results[run] = _apply_gates(_with_datasheet(result, plan["hardware"].get("description")))
-    points, comparisons, comparison_gates = tables.compare(plan, results)
+    points, comparisons, comparison_gates = compare(plan, results)
     memberships: dict[str, list[str]] = {run: [] for run in results}
     for experiment, run in _memberships(plan):
         memberships[run].append(experiment)
@@ -151,9 +154,9 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
     return Tables(
         runs=_frame(rows),
         experiments=pd.DataFrame(_memberships(plan), columns=["experiment", "run"]),
-        points=_frame(points, tables.POINT_COLUMNS),
-        comparisons=_frame(comparisons, tables.COMPARISON_COLUMNS),
-        gates=_frame([*_run_gates(results), *comparison_gates], tables.GATE_COLUMNS),
+        points=_frame(points, POINT_COLUMNS),
+        comparisons=_frame(comparisons, COMPARISON_COLUMNS),
+        gates=_frame([*_run_gates(results), *comparison_gates], GATE_COLUMNS),
         losses=pd.concat(losses) if losses else pd.DataFrame(columns=["run", *LOSS_COLUMNS]),
         ranks=_frame(list(rank_rows(results)), RANK_COLUMNS),
         scaling=_frame([asdict(row) for row in scaling_rows(rows)], SCALING_COLUMNS),
@@ -198,13 +201,13 @@ def _read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
     return value, ""
 
 
-def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> tables.Result:
+def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> Result:
     """Everything that is known of one run; never raises for the content of a file."""
     path = results_dir / "runs" / run / "outcome.json"
     found, problem = _read_object(path)
     if found is None:
         missing = problem == "missing"
-        result = tables.Result(run, planned, "missing" if missing else "error", f"no {path}" if missing else problem)
+        result = Result(run, planned, "missing" if missing else "error", f"no {path}" if missing else problem)
     else:
         outcome, reason = found.get("outcome"), found.get("reason")
         if outcome not in OUTCOMES:
@@ -213,7 +216,7 @@ def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> tables.Re
             outcome, reason = "error", f"{path}: has no digest, so that nobody knows what it belongs to"
         measurements = found.get("measurements")
         environment, facts = found.get("environment"), found.get("facts")
-        result = tables.Result(
+        result = Result(
             run=run,
             planned=planned,
             outcome=outcome,
@@ -228,7 +231,7 @@ def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> tables.Re
     return _with_evaluation(result, results_dir / "evaluations" / run)
 
 
-def _with_evaluation(result: tables.Result, folder: Path) -> tables.Result:
+def _with_evaluation(result: Result, folder: Path) -> Result:
     found, problem = _read_object(folder / "evaluation.json")
     if found is None:
         if problem == "missing":
@@ -325,7 +328,7 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _with_datasheet(result: tables.Result, description: str | None) -> tables.Result:
+def _with_datasheet(result: Result, description: str | None) -> Result:
     """Add what follows from the description of the device: utilisation against its datasheet, and cost."""
     if not result.measurements:
         return result
@@ -346,7 +349,7 @@ def _gate(name: str, message: str, *, passed: bool = False, fatal: bool = False)
     return {"gate": name, "passed": passed, "fatal": fatal, "message": message}
 
 
-def _apply_gates(result: tables.Result) -> tables.Result:
+def _apply_gates(result: Result) -> Result:
     """Add the bounds, and make a run that trips a fatal gate `invalid`; it keeps its data."""
     if result.outcome != "ok":
         return result
@@ -382,7 +385,7 @@ def _memberships(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _run_row(result: tables.Result, experiments: list[str]) -> dict[str, Any]:
+def _run_row(result: Result, experiments: list[str]) -> dict[str, Any]:
     planned, evaluation = result.planned, result.evaluation
     parameters = {key: value for key, value in planned["method"].items() if key not in ("kind", "factors", "rank")}
     seen = evaluation if result.evaluation_outcome == "ok" else {}
@@ -416,7 +419,7 @@ def _cell(value: Any) -> Any:
     return ";".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _run_gates(results: dict[str, tables.Result]) -> Iterator[dict[str, Any]]:
+def _run_gates(results: dict[str, Result]) -> Iterator[dict[str, Any]]:
     for result in results.values():
         for gate in result.gates:
             kept = {key: gate.get(key) for key in ("gate", "passed", "fatal", "message")}
@@ -426,7 +429,7 @@ def _run_gates(results: dict[str, tables.Result]) -> Iterator[dict[str, Any]]:
 RANK_COLUMNS = ("run", "module", "layer", "part", "rank", "reference_rank", "importance")
 
 
-def rank_rows(results: dict[str, tables.Result]) -> Iterator[dict[str, Any]]:
+def rank_rows(results: dict[str, Result]) -> Iterator[dict[str, Any]]:
     """The plan of each run whose method chose ranks: one row per adapted module, in the model's order.
 
     `layer` is the number in the module's name, `part` its last step; `importance` is empty where nothing was estimated.
@@ -448,12 +451,9 @@ def rank_rows(results: dict[str, tables.Result]) -> Iterator[dict[str, Any]]:
             }
 
 
-def _environment_rows(results: dict[str, tables.Result]) -> list[dict[str, Any]]:
+def _environment_rows(results: dict[str, Result]) -> list[dict[str, Any]]:
     counts = Counter(
-        item
-        for result in results.values()
-        if result.environment
-        for item in tables.fingerprint(result.environment).items()
+        item for result in results.values() if result.environment for item in fingerprint(result.environment).items()
     )
     names = list(dict.fromkeys(name for name, _ in counts))
     ordered = sorted(counts.items(), key=lambda item: names.index(item[0][0]))
@@ -471,14 +471,21 @@ def _frame(rows: list[dict[str, Any]], columns: tuple[str, ...] = ()) -> pd.Data
 
 def write_tables(plan_path: Path, results_dir: Path) -> None:
     """Collect a study and write `tables/*.csv`, the two main tables as LaTeX, and the plan that they follow."""
-    collected = collect(plan_path, results_dir)
+    texts = table_texts(collect(plan_path, results_dir))
     write_atomic(results_dir / "plan.json", plan_path.read_text(encoding="utf-8"))
-    folder = results_dir / "tables"
-    for field in fields(Tables):
-        frame = getattr(collected, field.name)
-        write_atomic(folder / f"{field.name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    write_atomic(folder / "points.tex", tables.points_latex(collected.points))
-    write_atomic(folder / "comparisons.tex", tables.comparisons_latex(collected.comparisons))
+    for name, text in texts.items():
+        write_atomic(results_dir / "tables" / name, text)
+
+
+def table_texts(collected: Tables) -> dict[str, str]:
+    """What stands in `tables/`, by file name."""
+    texts = {
+        f"{field.name}.csv": getattr(collected, field.name).to_csv(index=False, lineterminator="\n")
+        for field in fields(Tables)
+    }
+    texts["points.tex"] = points_latex(collected.points)
+    texts["comparisons.tex"] = comparisons_latex(collected.comparisons)
+    return texts
 
 
 def read_tables(folder: Path) -> Tables:

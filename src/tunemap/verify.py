@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -227,20 +226,13 @@ def _accuracy(evaluation: dict[str, Any], predictions: list[dict[str, Any]]) -> 
 
 
 def _table_differences(results_dir: Path) -> Iterator[str]:
-    from tunemap import collect
-    from tunemap.report import tables
+    from tunemap.collect import collect, table_texts
 
     try:
-        again = collect.collect(results_dir / PLAN, results_dir)
+        texts = table_texts(collect(results_dir / PLAN, results_dir))
     except UserError as error:
         yield f"tables cannot be derived: {error}"
         return
-    texts = {
-        f"{field.name}.csv": getattr(again, field.name).to_csv(index=False, lineterminator="\n")
-        for field in fields(collect.Tables)
-    }
-    texts["points.tex"] = tables.points_latex(again.points)
-    texts["comparisons.tex"] = tables.comparisons_latex(again.comparisons)
     for name, text in texts.items():
         path = results_dir / "tables" / name
         if not path.exists():

@@ -17,8 +17,9 @@ from tunemap.collect import read_tables, write_tables
 from tunemap.files import read_json, write_atomic
 from tunemap.report import words
 from tunemap.report.definitions import DEFINITIONS
-from tunemap.report.figures import AXIS, GRID, INK, OUTCOME_WORDS, PAPER, write_figures
-from tunemap.report.tables import p_text, records, signed
+from tunemap.report.figures import write_figures
+from tunemap.report.formats import p_text, records, signed
+from tunemap.report.scene import AXIS, GRID, INK, OUTCOME_WORDS, PAPER
 
 Row = dict[str, Any]
 PAGE_COLOURS = {INK: "currentColor", AXIS: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunemap.report.tables import ratio_text, signed
+from tunemap.report.formats import ratio_text, signed
 from tunemap.statistics import NOT_DISTINGUISHABLE
 
 Row = dict[str, Any]

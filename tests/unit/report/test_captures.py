@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from tunemap.errors import UserError
-from tunemap.report import figures
 from tunemap.report.captures import read_captures
+from tunemap.report.scene import Scene
+from tunemap.report.step_figure import draw_step
 
 PHASES = """process,pid,device,phase,category,count,time_ns,wall_ns
 0,1,cpu,forward,gemm,4,5000000,4000000
@@ -61,7 +62,7 @@ def test_the_figure_of_a_step_shows_phases_and_says_what_the_profiler_cost(tmp_p
     write_facts(tmp_path / "a")
     write_facts(tmp_path / "b")
     captures = read_captures(tmp_path, {"a": "full", "b": "lora"})
-    figure, caption, alt = figures.draw_step(figures.Scene("methods", [], pd.DataFrame(), pd.DataFrame(), {}, captures))
+    figure, caption, alt = draw_step(Scene("methods", [], pd.DataFrame(), pd.DataFrame(), {}, captures))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["full", "lora"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["forward", "backward", "idle"]
     assert "full 1.20, lora 1.20" in caption
@@ -70,7 +71,7 @@ def test_the_figure_of_a_step_shows_phases_and_says_what_the_profiler_cost(tmp_p
 
 
 def test_without_captures_there_is_no_figure_of_a_step():
-    assert figures.draw_step(figures.Scene("methods", [], pd.DataFrame(), pd.DataFrame(), {}, [])) is None
+    assert draw_step(Scene("methods", [], pd.DataFrame(), pd.DataFrame(), {}, [])) is None
 
 
 def test_a_capture_without_work_is_named(tmp_path):

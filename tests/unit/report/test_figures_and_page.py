@@ -10,12 +10,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tunemap.collect import EVALUATION_DETAILS, MEASUREMENTS, collect, write_tables
+from tunemap.collect import EVALUATION_DETAILS, MEASUREMENTS, collect, read_tables, write_tables
 from tunemap.distributed.scaling import SCALING_COLUMNS
 from tunemap.report import figures, page, words
 from tunemap.report.definitions import DEFINITIONS
-from tunemap.report.tables import records, signed
+from tunemap.report.formats import records, signed
+from tunemap.report.point_figures import draw_accuracy, draw_memory, draw_throughput
+from tunemap.report.scene import BASE_COLOUR, INK, method_colours, scenes
+from tunemap.report.tradeoff_figure import draw_tradeoff
 
 SPEC = importlib.util.spec_from_file_location("fake_results", Path(__file__).parent / "fake_results.py")
 fake_results = importlib.util.module_from_spec(SPEC)
@@ -62,9 +66,9 @@ def test_every_figure_comes_in_three_formats(study):
 
 
 def test_a_method_has_one_colour_in_all_figures(study):
-    colours = figures.method_colours(study.plan)
+    colours = method_colours(study.plan)
     assert len({colours[method] for method in ("full", "lora", "qlora")}) == 3
-    assert colours["base"] == figures.BASE_COLOUR
+    assert colours["base"] == BASE_COLOUR
     for experiment, method in (("methods", "lora"), ("ranks", "lora")):
         for kind in KINDS:
             assert colours[method] in (study.results_dir / "figures" / f"{experiment}-{kind}.svg").read_text()
@@ -73,7 +77,7 @@ def test_a_method_has_one_colour_in_all_figures(study):
 
 def scene(fake):
     write_tables(fake.plan_path, fake.results_dir)
-    return figures.scenes(fake.plan, figures.read_tables(fake.results_dir / "tables"), fake.results_dir / "facts")[0]
+    return scenes(fake.plan, read_tables(fake.results_dir / "tables"), fake.results_dir / "facts")[0]
 
 
 def texts(figure):
@@ -81,16 +85,16 @@ def texts(figure):
 
 
 def test_failed_runs_are_marked_where_their_number_would_stand(study):
-    for draw in (figures.draw_throughput, figures.draw_memory, figures.draw_accuracy):
+    for draw in (draw_throughput, draw_memory, draw_accuracy):
         drawn = texts(draw(scene(study))[0])
         assert "× 2 of 2 not supported" in drawn
         assert "× 1 of 2 out of memory" in drawn
 
 
-@pytest.mark.parametrize("draw", [figures.draw_tradeoff, figures.draw_accuracy, figures.draw_throughput])
+@pytest.mark.parametrize("draw", [draw_tradeoff, draw_accuracy, draw_throughput])
 def test_labels_do_not_overlap(tmp_path, draw):
     drawn = draw(scene(fake_results.write(tmp_path, seeds=2, examples=60, failures=False)))[0]
-    canvas = figures.FigureCanvasAgg(drawn)
+    canvas = FigureCanvasAgg(drawn)
     drawn.draw_without_rendering()
     axes = drawn.axes[0]
     labels = [text for text in [*axes.texts, *axes.get_yticklabels(), axes.xaxis.label] if text.get_text()]
@@ -164,7 +168,7 @@ def test_every_figure_has_a_text_and_every_table_headers(html):
 def test_inlined_svg_is_well_formed_and_follows_the_pages_colours(html):
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         ElementTree.fromstring(svg)
-        assert figures.INK not in svg
+        assert INK not in svg
         references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
         assert references <= set(re.findall(r'\bid="([^"]+)"', svg))
 

@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 
 from tunemap.collect import RANK_COLUMNS, rank_rows
+from tunemap.report.comparisons import compare
+from tunemap.report.points import Result
 from tunemap.report.rank_map import draw_ranks
-from tunemap.report.tables import Result, compare
 
 LINEAR, HOME_MADE = "peft.tuners.lora.layer.Linear", "peft.tuners.lora.variants.Other"
 

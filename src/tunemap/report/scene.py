@@ -1,0 +1,105 @@
+"""What figures are drawn from: the points, runs and curves of one experiment, and one colour per method of a study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+
+from tunemap.collect import Tables
+from tunemap.report.captures import Captured, read_captures
+from tunemap.report.formats import records
+from tunemap.report.points import Result, points_of
+
+INK, AXIS, GRID, PAPER = "#1b1f24", "#7a828c", "#d5dae0", "#ffffff"  # as in the style file
+BASE_COLOUR = "#7f7f7f"
+FAILURE_COLOUR = "#c0392b"
+WIDTH = 7.2  # inches; the text width of the report and of a double-column page
+OUTCOME_WORDS = {
+    "oom": "out of memory",
+    "timeout": "time limit",
+    "error": "error",
+    "invalid": "invalid",
+    "unsupported": "not supported",
+    "missing": "not run",
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One experiment with everything that its figures need."""
+
+    name: str
+    points: list[Row]
+    runs: pd.DataFrame
+    losses: pd.DataFrame
+    colours: dict[str, Any]
+    captures: list[Captured]
+    ranks: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @property
+    def trained(self) -> list[Row]:
+        """Points without the rows of the untouched model."""
+        return [point for point in self.points if point["method_kind"] != "base"]
+
+    def places(self) -> dict[tuple[str, str], list[Row]]:
+        """Points by model and dataset."""
+        places: dict[tuple[str, str], list[Row]] = {}
+        for point in self.trained:
+            places.setdefault((point["model"], point["dataset"]), []).append(point)
+        return places
+
+
+def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]:
+    """The experiments of a plan with their rows of the tables and the facts of their captures."""
+    colours = method_colours(plan)
+    all_points, members = records(tables.points), tables.experiments
+    drawn = []
+    for experiment in plan["experiments"]:
+        name = experiment["name"]
+        runs = set(members.loc[members["experiment"] == name, "run"])
+        labels = {run: label for label, group in point_runs(plan, experiment).items() for run in group}
+        in_scene = tables.runs[tables.runs["run"].isin(runs)].copy()
+        chosen = tables.ranks[tables.ranks["run"].isin(runs)]
+        drawn.append(
+            Scene(
+                name,
+                [point for point in all_points if point["experiment"] == name],
+                in_scene.assign(point=in_scene["run"].map(labels)),
+                tables.losses[tables.losses["run"].isin(runs)],
+                colours,
+                read_captures(facts_dir, {run: labels[run] for run in experiment.get("captures", [])}),
+                chosen.assign(point=chosen["run"].map(labels)),
+            )
+        )
+    return drawn
+
+
+def point_runs(plan: dict[str, Any], experiment: dict[str, Any]) -> dict[str, list[str]]:
+    """The runs behind each point of an experiment, by the point's label."""
+    blank = {run: Result(run, planned, "missing") for run, planned in plan["runs"].items()}
+    return {point.label: [r.run for r in point.results] for point in points_of(plan, experiment, blank)}
+
+
+def method_colours(plan: dict[str, Any]) -> dict[str, Any]:
+    """A colour for each method of a study, in the plan's order, safe for colour-blind readers; the base is grey."""
+    kinds = {run["method_name"]: run["method"]["kind"] for run in plan["runs"].values()}
+    palette = [colour for colour in sns.color_palette("colorblind").as_hex() if colour != "#949494"]
+    methods = [name for name, kind in kinds.items() if kind != "base"]
+    colours = {name: palette[index % len(palette)] for index, name in enumerate(methods)}
+    return colours | {name: BASE_COLOUR for name, kind in kinds.items() if kind == "base"}
+
+
+def failures(point: Row) -> str:
+    """`1 of 3 out of memory`, or nothing where all runs ended ok."""
+    counts = dict(part.rsplit(":", 1) for part in point["outcomes"].split(";"))
+    return ", ".join(
+        f"{count} of {point['runs']} {OUTCOME_WORDS.get(outcome, outcome)}"
+        for outcome, count in counts.items()
+        if outcome != "ok"
+    )

@@ -1,5 +1,6 @@
 """Makes one rank of a run fail at a step, in the way that a test names. Runnable in place of the worker itself."""
 
+import importlib
 import itertools
 import json
 import os
@@ -47,7 +48,6 @@ def fail(how: str) -> None:
 
 if __name__ == "__main__":
     sabotage(**json.loads(os.environ["SABOTAGE"]))
-    from tunemap.training import worker
-
+    worker = importlib.import_module(os.environ["SABOTAGED_WORKER"])
     sys.argv[0] = worker.__file__
     worker.main()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import ranks
 
+from tunemap.capture import launch as captures
 from tunemap.training import launch
 from tunemap.training.failure import describe, read_failures, write_failure
 from tunemap.training.heartbeat import Heartbeat, Watchdog, read_beats
@@ -25,36 +26,41 @@ PROMPT_S = 8.0  # from the failure to the outcome file, on a busy machine; about
 
 
 @pytest.fixture
-def launched(material, tmp_path, monkeypatch):
+def fail_in(tmp_path, monkeypatch):
+    """Let one rank of a launcher's workers fail in some way; returns the function that asks when it did."""
+
+    def fail_in(launcher, worker: str, *, rank: int, how: str):
+        command = launcher._command
+
+        def failing(*arguments):
+            """The command with the worker as a script in place of `-m WORKER`."""
+            parts = command(*arguments)
+            place = parts.index(worker)
+            return [*parts[: place - 1], str(FAILING_WORKER), *parts[place + 1 :]]
+
+        monkeypatch.setattr(launcher, "_command", failing)
+        monkeypatch.setenv("SABOTAGED_WORKER", worker)
+        monkeypatch.setenv("SABOTAGE", json.dumps({"rank": rank, "step": FAILING_STEP, "how": how}))
+        monkeypatch.setenv("SABOTAGE_TIME", str(tmp_path / "time"))
+        return lambda: float((tmp_path / "time").read_text())
+
+    return fail_in
+
+
+@pytest.fixture
+def launched(material, tmp_path, fail_in):
     """Launch a run whose rank 1 fails in some way; returns its outcome and the seconds from the failure to the end."""
 
     def run(how: str, strategy: str = "ddp", world_size: int = 2) -> tuple[dict, float]:
-        command = launch._command
-
-        def failing(*arguments):
-            return [
-                str(FAILING_WORKER) if part == "tunemap.training.worker" else part
-                for part in _script(command(*arguments))
-            ]
-
-        monkeypatch.setattr(launch, "_command", failing)
-        rank = 1 if world_size > 1 else 0
-        monkeypatch.setenv("SABOTAGE", json.dumps({"rank": rank, "step": FAILING_STEP, "how": how}))
-        monkeypatch.setenv("SABOTAGE_TIME", str(tmp_path / "time"))
+        failed_at = fail_in(launch, "tunemap.training.worker", rank=1 if world_size > 1 else 0, how=how)
         paths = paths_in(tmp_path, material)
         assert launch.launch(ranks.make_run("lora", strategy, world_size), paths, device="cpu") == 0
-        seconds = time.time() - float((tmp_path / "time").read_text())
+        seconds = time.time() - failed_at()
         assert processes_of(tmp_path) == []
-        assert not paths.work.exists()
+        assert not list(paths.work.rglob("*.pt"))
         return json.loads(paths.outcome.read_text()), seconds
 
     return run
-
-
-def _script(command):
-    """The command with the worker as a script in place of `-m tunemap.training.worker`."""
-    place = command.index("tunemap.training.worker")
-    return [*command[: place - 1], *command[place:]]
 
 
 def paths_in(folder, material):
@@ -136,6 +142,19 @@ def test_ranks_end_with_a_launcher_that_is_killed(material, tmp_path):
         time.sleep(0.1)
     launcher.kill()
     launcher.wait()
+    assert processes_of(tmp_path) == []
+
+
+def test_capture_whose_rank_is_killed_names_it_and_leaves_nothing(material, tmp_path, fail_in):
+    failed_at = fail_in(captures, "tunemap.capture.worker", rank=1, how="killed")
+    outcome, folder = tmp_path / "outcome.json", tmp_path / "capture"
+    outcome.write_text(json.dumps({"outcome": "ok", "measurements": {"step_time_mean_s": 1.0}}))
+    run = ranks.make_run("lora", "ddp", 2)
+    captures.capture(run, model=material.model, tokens=material.tokens, outcome=outcome, folder=folder, device="cpu")
+    assert time.time() - failed_at() < PROMPT_S
+    described = json.loads((folder / "capture.json").read_text())
+    assert described["outcome"] == "error"
+    assert described["reason"].startswith("rank 1: the training process was ended by SIGKILL")
     assert processes_of(tmp_path) == []
 
 

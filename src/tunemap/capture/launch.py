@@ -11,11 +11,13 @@ from typing import Any
 
 from tunemap.files import read_json, write_json
 from tunemap.run import Run
+from tunemap.training import parent
 from tunemap.training.devices import lease_devices
-from tunemap.training.failure import Failure, describe, read_failures
+from tunemap.training.failure import Failure, describe, how_it_ended, read_failures
 from tunemap.training.launch import end_group, worker_environment
 
 LIMIT_S = 1800.0
+RUN_FILE = "run.json"
 
 
 def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path, device: str) -> None:
@@ -46,17 +48,16 @@ def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path,
 
 
 def _run_workers(run: Run, model: Path, tokens: Path, folder: Path, device: str) -> Failure | None:
-    run_file = folder / "run.json"
-    write_json(run_file, run.training_spec())
+    write_json(folder / RUN_FILE, run.training_spec())
     try:
         with lease_devices(device, run.factors.gpus) as devices:
-            module = ["-m", "tunemap.capture.worker", "--device", devices.kind, "--run-file", str(run_file)]
-            module += ["--model", str(model), "--tokens", str(tokens), "--folder", str(folder)]
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.factors.gpus}"]
-            command = [sys.executable, *(torchrun if run.factors.strategy != "single" else []), *module]
-            process = subprocess.Popen(command, env=worker_environment(run, devices), start_new_session=True)
+            command = _command(run, model, tokens, folder, devices.kind)
+            environment = worker_environment(run, devices) | {parent.VARIABLE: "1"}
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
             try:
                 process.wait(timeout=LIMIT_S)
+            except subprocess.TimeoutExpired:
+                return Failure("timeout", f"not finished after {LIMIT_S:g} s", 0, "capture", None, None)
             finally:
                 end_group(process)
     except Exception as error:
@@ -64,8 +65,16 @@ def _run_workers(run: Run, model: Path, tokens: Path, folder: Path, device: str)
     if process.returncode == 0:
         return None
     failures = read_failures(folder)
-    reason = f"the capture ended with exit code {process.returncode} and left no message"
-    return failures[0] if failures else Failure("error", reason, 0, "capture", None, None)
+    return failures[0] if failures else Failure("error", how_it_ended(process.returncode), 0, "capture", None, None)
+
+
+def _command(run: Run, model: Path, tokens: Path, folder: Path, device: str) -> list[str]:
+    worker = ["-m", "tunemap.capture.worker", "--device", device, "--run-file", str(folder / RUN_FILE)]
+    worker += ["--model", str(model), "--tokens", str(tokens), "--folder", str(folder)]
+    if run.factors.strategy == "single":
+        return [sys.executable, *worker]
+    torchrun = ["-m", "tunemap.training.torchrun", str(folder), "--standalone"]
+    return [sys.executable, *torchrun, f"--nproc-per-node={run.factors.gpus}", *worker]
 
 
 def _against(unprofiled_step_s: float | None, folder: Path) -> dict[str, Any]:

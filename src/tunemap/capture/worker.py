@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tunemap.files import write_json
 from tunemap.run import Run
 from tunemap.training.failure import describe, write_failure
+from tunemap.training.parent import end_with_parent
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a broken one must still end in an outcome
     from tunemap.data.collate import Batch
@@ -29,6 +31,7 @@ CAPTURED_STEPS = 3
 
 def main() -> None:
     """Capture as one rank; the exit code is 0 only if this rank left its trace."""
+    end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     for name in ("run-file", "model", "tokens", "folder"):
@@ -39,7 +42,9 @@ def main() -> None:
     except Exception as error:
         rank = int(os.environ.get("RANK", 0))
         write_failure(arguments.folder, describe(error, rank=rank, phase="capture", step=None))
-        raise SystemExit(1) from error
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # tearing down would wait for ranks that are stuck
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # everything is on disk; tearing the interpreter down would cost most of a second

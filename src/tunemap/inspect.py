@@ -168,6 +168,7 @@ def run_retry(arguments: argparse.Namespace) -> int:
         outcome = folder / "runs" / name / "outcome.json"
         evaluation = folder / "evaluations" / name / "evaluation.json"
         if _outcome(outcome) in wanted:
+            shutil.rmtree(folder / "unfinished" / name, ignore_errors=True)
             shutil.rmtree(outcome.parent)
             shutil.rmtree(evaluation.parent, ignore_errors=True)
             forgotten.append(name)

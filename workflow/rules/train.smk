@@ -56,4 +56,5 @@ rule evaluate:
         "python {input.code[0]} --spec {params.spec:q} --device {params.device}"
         " --model {input.model} --tokens {input.tokens}"
         " --outcome {input.outcome} --weights {input.weights}"
+        " --work results/{wildcards.study}/unfinished/{wildcards.run}"
         " --evaluation {output.evaluation} --predictions {output.predictions} >{log} 2>&1"

@@ -6,6 +6,7 @@ from pathlib import Path
 from tunemap.evaluation import evaluate_to_files
 from tunemap.run import Run
 from tunemap.script import run_script
+from tunemap.training import finished
 
 
 def main() -> None:
@@ -17,9 +18,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="folder of the tokenised rows")
     parser.add_argument("--outcome", type=Path, required=True, help="outcome.json of the run")
     parser.add_argument("--weights", type=Path, required=True, help="folder of what was learned")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the finished training, not needed any more")
     parser.add_argument("--evaluation", type=Path, required=True, help="json file to write: accuracy and its interval")
     parser.add_argument("--predictions", type=Path, required=True, help="jsonl file to write: each test example")
     values = vars(parser.parse_args())
+    finished.forget(values.pop("work"))
     evaluate_to_files(Run.from_json(values.pop("spec")), **values)
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from tunemap.gates import GateResult, reason, tripped
 from tunemap.gates.measurement import mfu_bounds_gate, throughput_gate, wall_gate
 from tunemap.measure.flops import utilisation
 from tunemap.run import Run
-from tunemap.training import parent, steps
+from tunemap.training import finished, parent, steps
 from tunemap.training.devices import Devices, lease_devices
 from tunemap.training.failure import Failure, describe, how_it_ended, read_failures
 from tunemap.training.heartbeat import Watchdog
@@ -45,11 +44,25 @@ class Paths:
     model: Path
     dataset: Path
     tokens: Path
-    work: Path  # checkpoints and partial records; removed once the outcome is written
+    work: Path  # checkpoints, partial records, and the results until the workflow has recorded them
     weights: Path
     steps: Path
     outcome: Path
     ceilings: Path | None = None  # measured matmul ceilings, where there are any
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """The files that tell the contents of the run's inputs."""
+        return {
+            "model": self.model / "model.json",
+            "dataset": self.dataset / "dataset.json",
+            "tokens": self.tokens / "train.npz",
+        }
+
+    @property
+    def results(self) -> dict[str, Path]:
+        """Where the workflow expects the results."""
+        return {"weights": self.weights, "steps": self.steps, "outcome": self.outcome}
 
 
 class StoppedError(Exception):
@@ -69,37 +82,47 @@ def launch(run: Run, paths: Paths, *, device: str) -> int:
     started_at = datetime.now(UTC)
     started = time.monotonic()
     paths.work.mkdir(parents=True, exist_ok=True)
+    key = finished.key_of(run, paths.inputs)
+    if (known := finished.hand_over(paths.work, key, **paths.results)) is not None:
+        print(f"this run has ended before ({_in_words(known)}); its results were kept and are taken over", flush=True)
+        return 0
+    gathered = finished.start(paths.work)
     of_ranks = [path for pattern in ("failure.rank*.json", "heartbeat.rank*") for path in paths.work.glob(pattern)]
     for stale in [*of_ranks, *(paths.work / name for name in _OF_ONE_START)]:
         stale.unlink(missing_ok=True)
     # Whatever happens to this process from here on, there is an outcome that says so.
     write_json(paths.outcome, _outcome(run, {}, _UNFINISHED) | {"started_at": started_at.isoformat(timespec="seconds")})
-    finished: Finished | None = None
+    ended: Ended | None = None
     try:
         if not run.is_base:
             with lease_devices(device, run.factors.gpus) as devices:
-                finished = _train(run, paths, devices)
+                ended = _train(run, paths, devices)
     except StoppedError as stopped:
         print(f"stopped by {stopped}; the next start resumes from the last checkpoint", flush=True)
         paths.outcome.unlink(missing_ok=True)
         return 128 + stopped.signal_number
     except Exception as error:
-        finished = Finished(describe(error, rank=0, phase="start", step=None))
-    outcome = _described(run, paths, finished)
+        ended = Ended(describe(error, rank=0, phase="start", step=None))
+    outcome = _described(run, paths, ended)
     outcome |= {"started_at": started_at.isoformat(timespec="seconds"), "wall_s": time.monotonic() - started}
-    if outcome["outcome"] != "ok" or run.is_base:
-        shutil.rmtree(paths.weights, ignore_errors=True)
-        paths.weights.mkdir(parents=True)
+    if outcome["outcome"] != "ok":
+        gathered = finished.start(paths.work)  # nobody may evaluate weights of a run that did not end well
     records = steps.to_csv(steps.merge(paths.work))
-    write_atomic(paths.steps, records)
-    write_json(paths.outcome, outcome | {"steps_sha256": hashlib.sha256(records.encode()).hexdigest()})
-    shutil.rmtree(paths.work, ignore_errors=True)
-    print(f"outcome: {outcome['outcome']}" + (f": {outcome['reason']}" if outcome["reason"] else ""), flush=True)
+    write_atomic(gathered / finished.STEPS, records)
+    outcome["steps_sha256"] = hashlib.sha256(records.encode()).hexdigest()
+    write_json(gathered / finished.OUTCOME, outcome)
+    finished.keep(paths.work, key)
+    finished.hand_over(paths.work, key, **paths.results)
+    print(f"outcome: {_in_words(outcome)}", flush=True)
     return 0
 
 
+def _in_words(outcome: dict[str, Any]) -> str:
+    return f"{outcome['outcome']}: {outcome['reason']}" if outcome["reason"] else str(outcome["outcome"])
+
+
 @dataclass(frozen=True)
-class Finished:
+class Ended:
     """How the processes of a run ended, and the wall time that they took as seen from here."""
 
     failure: Failure | None
@@ -111,7 +134,7 @@ _OF_ONE_START = ("result.json", "progress.json", "environment.json")
 _UNFINISHED = Failure("error", "the launcher was killed before it could say how the run ended", 0, None, None, None)
 
 
-def _train(run: Run, paths: Paths, devices: Devices) -> Finished:
+def _train(run: Run, paths: Paths, devices: Devices) -> Ended:
     """Run the workers to their end."""
     run_file = paths.work / "run.json"
     write_json(run_file, run.training_spec())
@@ -130,7 +153,7 @@ def _train(run: Run, paths: Paths, devices: Devices) -> Finished:
     finally:
         end_group(process)
     code = 0 if lingering else process.returncode  # one that lingers over a finished run is ended from here
-    return Finished(overdue or _failure(paths.work, code), wall_s, started_at)
+    return Ended(overdue or _failure(paths.work, code), wall_s, started_at)
 
 
 def _failure(work: Path, code: int | None) -> Failure | None:
@@ -145,8 +168,9 @@ def _failure(work: Path, code: int | None) -> Failure | None:
 
 def _command(run: Run, paths: Paths, run_file: Path, device: str) -> list[str]:
     worker = ["-m", "tunemap.training.worker", "--run-file", str(run_file), "--device", device]
-    for name in ("model", "dataset", "tokens", "work", "weights"):
+    for name in ("model", "dataset", "tokens", "work"):
         worker += [f"--{name}", str(getattr(paths, name))]
+    worker += ["--weights", str(paths.work / finished.NEXT / finished.WEIGHTS)]
     if paths.ceilings is not None:
         worker += ["--ceilings", str(paths.ceilings)]
     if run.factors.strategy == "single":
@@ -241,11 +265,11 @@ def _progress(work: Path) -> dict[str, Any]:
     return values
 
 
-def _described(run: Run, paths: Paths, finished: Finished | None) -> dict[str, Any]:
+def _described(run: Run, paths: Paths, ended: Ended | None) -> dict[str, Any]:
     """The outcome with every measurement there is, of a failed run too."""
-    if run.is_base or finished is None:
+    if run.is_base or ended is None:
         return _outcome(run, {}, None)
-    progress, failure = _progress(paths.work), finished.failure
+    progress, failure = _progress(paths.work), ended.failure
     result: dict[str, Any] = {}
     if failure is None:
         result = read_json(paths.work / "result.json")
@@ -257,7 +281,7 @@ def _described(run: Run, paths: Paths, finished: Finished | None) -> dict[str, A
         )
     gates = [GateResult(**gate) for gate in result.get("gates") or progress.get("gates", [])]
     if failure is None:
-        gates += list(_identities(result, measurements, finished))
+        gates += list(_identities(result, measurements, ended))
         if trips := tripped(gates):
             failure = Failure("invalid", reason(trips), 0, "train", progress.get("step"), None)
     environment = paths.work / "environment.json"
@@ -301,11 +325,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _identities(result: dict[str, Any], measurements: dict[str, Any], finished: Finished) -> Iterator[GateResult]:
+def _identities(result: dict[str, Any], measurements: dict[str, Any], ended: Ended) -> Iterator[GateResult]:
     """The gates that need what is known only here: the times of all ranks, and the wall seen from outside."""
     yield throughput_gate(measurements)
-    start_s = max(0.0, result["started_at"] - finished.started_at)
-    yield wall_gate(sum(result["parts_s"].values()), start_s, finished.wall_s)
+    start_s = max(0.0, result["started_at"] - ended.started_at)
+    yield wall_gate(sum(result["parts_s"].values()), start_s, ended.wall_s)
     for name in ("mfu_measured", "hfu_measured"):
         if measurements[name] is not None:
             yield mfu_bounds_gate(name, measurements[name])

@@ -77,7 +77,7 @@ def test_cuda_out_of_memory_is_oom_with_what_was_asked_and_free(train, break_thi
     assert "Tried to allocate 1.50 GiB" in outcome["reason"]
     assert len(losses(ended.steps)) == 2  # what was measured until then
     assert outcome["environment"]["packages"]["torch"]
-    assert not ended.paths.work.exists()
+    assert [path.name for path in ended.paths.work.iterdir()] == ["finished"]
 
 
 def test_a_memory_limit_on_a_cpu_is_oom(train, break_third_step):

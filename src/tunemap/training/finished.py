@@ -1,0 +1,106 @@
+"""Keeps what a finished run wrote until the workflow has recorded it.
+
+Snakemake removes the outputs of a job whose end it did not see: the main process was killed, the terminal was closed,
+a node went away. A run may have taken days by then. So its results lie in the run's work folder first, under one name
+that appears when they are whole, and are handed to the workflow from there as hard links, which take no space. A job
+that is started again for a finished run hands them over once more; the evaluation, which begins only after the
+workflow has recorded the training, forgets them.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tunemap.errors import UserError
+from tunemap.files import read_json, sha256_of, write_json
+from tunemap.measure.environment import package_digest
+from tunemap.run import Run
+
+FINISHED, NEXT = "finished", "finished.next"
+WEIGHTS, STEPS, OUTCOME, KEY, SIZES = "weights", "steps.csv", "outcome.json", "key.json", "sizes.json"
+
+
+def key_of(run: Run, inputs: dict[str, Path]) -> dict[str, str]:
+    """What the results depend on: the run, the source of this package, and the contents of the `inputs` files."""
+    contents = {name: sha256_of(path) if path.exists() else "" for name, path in inputs.items()}
+    return {"digest": run.training_digest, "source": package_digest(), **contents}
+
+
+def start(work: Path) -> Path:
+    """An empty folder in which the results of a run are put together."""
+    folder = work / NEXT
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / WEIGHTS).mkdir(parents=True)
+    return folder
+
+
+def keep(work: Path, key: dict[str, str]) -> None:
+    """Declare the results in `start`'s folder whole; all else in the work folder has served its purpose."""
+    folder = work / NEXT
+    write_json(folder / SIZES, _sizes(folder))
+    write_json(folder / KEY, key)
+    shutil.rmtree(work / FINISHED, ignore_errors=True)
+    folder.rename(work / FINISHED)
+    for path in work.iterdir():
+        if path.name != FINISHED:
+            _remove(path)
+
+
+def hand_over(work: Path, key: dict[str, str], *, weights: Path, steps: Path, outcome: Path) -> dict[str, Any] | None:
+    """Put kept results in their places and return the outcome; None if there are none for this very `key`.
+
+    Results that are incomplete or of another configuration, source or data are removed: they are of no use.
+    """
+    folder = work / FINISHED
+    if not folder.exists():
+        return None
+    if not _usable(folder, key):
+        shutil.rmtree(folder)
+        return None
+    result: dict[str, Any] = read_json(folder / OUTCOME)
+    _remove(weights)
+    shutil.copytree(folder / WEIGHTS, weights, copy_function=_link)
+    for name, destination in ((STEPS, steps), (OUTCOME, outcome)):  # the outcome last: it says that all is there
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        destination.unlink(missing_ok=True)
+        _link(str(folder / name), str(destination))
+    return result
+
+
+def forget(work: Path) -> None:
+    """Remove kept results: the workflow has recorded them."""
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _usable(folder: Path, key: dict[str, str]) -> bool:
+    try:
+        return read_json(folder / KEY) == key and read_json(folder / SIZES) == _sizes(folder)
+    except UserError:
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (KEY, SIZES))
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
+def _link(source: str, destination: str) -> str:
+    """A second name for the file; a copy where the file system or its border does not allow that."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copy2(source, destination)
+    os.utime(destination)  # results are as new as the job that delivers them, or the workflow would think them stale
+    return destination
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

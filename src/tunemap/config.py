@@ -323,6 +323,11 @@ class Factors(Section):
         "single", "How the run is spread over devices; `fsdp` shards per transformer block."
     )
     gpus: PositiveInt = _factor(1, "Number of devices, one process each (processes where there is no GPU).")
+    reshard_after_forward: bool = _factor(
+        True,
+        "Whether `fsdp` and `hybrid` free a block's gathered weights after its forward pass and gather them again for "
+        "the backward pass (less memory), or keep them (less communication).",
+    )
     per_device_batch_size: PositiveInt = _factor(8, "Examples per device and micro-batch (rows if packed).")
     gradient_accumulation: PositiveInt = _factor(1, "Micro-batches per optimizer step.")
     max_length: PositiveInt = _factor(512, "Longest sequence in tokens, prompt and answer together.")

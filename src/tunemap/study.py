@@ -381,6 +381,11 @@ def reasons_against(run: Run) -> list[str]:
         reasons.append(f"strategy single uses one device, gpus is {factors.gpus}; use ddp, fsdp or hybrid")
     if factors.strategy == "hybrid" and factors.gpus != 1 and (factors.gpus < 4 or factors.gpus % 2):
         reasons.append(f"strategy hybrid needs an even number of at least 4 devices, gpus is {factors.gpus}")
+    if not factors.reshard_after_forward and factors.strategy not in ("fsdp", "hybrid"):
+        reasons.append(
+            f"reshard_after_forward false keeps gathered weights, and strategy {factors.strategy} gathers none; "
+            "use fsdp or hybrid, or leave it true"
+        )
     if factors.max_steps is None and factors.epochs is None:
         reasons.append("max_steps and epochs are both null; one of them must end the training")
     if factors.max_steps is not None and factors.warmup_steps >= factors.max_steps:

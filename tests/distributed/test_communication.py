@@ -59,6 +59,18 @@ def test_fsdp_gathers_blocks_twice_and_the_root_once(trained, world_size):
     assert seen["all_reduce", "world"]["payload_bytes"] < 200  # the norms of the gradients, for clipping
 
 
+def test_fsdp_that_keeps_gathered_weights_gathers_everything_once_and_computes_the_same(trained):
+    kept, freed = (trained("full", "fsdp", 2, **factors) for factors in ({"reshard_after_forward": False}, {}))
+    total, _, _ = sizes(kept)
+    assert collectives(kept)["all_gather", "world"]["payload_bytes"] == total
+    assert kept.column("loss") == freed.column("loss")
+    peaks = [finished.result["memory"][0]["peak_allocated_bytes"] for finished in (kept, freed)]
+    assert peaks[0] > peaks[1]
+    for finished in (kept, freed):
+        (gate,) = [gate for gate in finished.result["gates"] if gate["gate"] == "resharding"]
+        assert gate["passed"], gate["message"]
+
+
 def test_fsdp_reduces_only_the_adapters_of_lora(trained):
     finished = trained("lora", "fsdp", 2)
     total, blocks, trainable = sizes(finished)

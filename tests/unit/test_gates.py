@@ -128,6 +128,7 @@ CASES: dict[str, tuple[Any, Any, bool]] = {
     "quantised_layers": (call(14, 14, asked=True), call(0, 14, asked=True), True),
     "recomputation": (call(56, 28, 1, asked=True), call(28, 28, 1, asked=True), True),
     "fsdp_units": (call(29, 28, sharded=True), call(1, 28, sharded=True), True),
+    "resharding": (call(57, 29, 1, asked=True), call(57, 29, 1, asked=False), True),
     "optimizer_state": (call({"float32"}, {"float32"}), call({"bfloat16"}, {"float32"}), True),
     "attention": (call(["_flash_attention"], "sdpa"), call(["_flash_attention"], "eager"), True),
     "adapters": (

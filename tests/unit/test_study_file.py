@@ -550,6 +550,11 @@ def test_keys_that_a_dataset_of_ones_own_needs(tmp_path):
         ("gpus: 2", "strategy single uses one device, gpus is 2; use ddp, fsdp or hybrid"),
         ("strategy: hybrid, gpus: 2", "strategy hybrid needs an even number of at least 4 devices, gpus is 2"),
         ("strategy: hybrid, gpus: 5", "strategy hybrid needs an even number of at least 4 devices, gpus is 5"),
+        (
+            "strategy: ddp, reshard_after_forward: false",
+            "reshard_after_forward false keeps gathered weights, and strategy ddp gathers none; "
+            "use fsdp or hybrid, or leave it true",
+        ),
         ("max_steps: null, epochs: null", "max_steps and epochs are both null; one of them must end the training"),
         ("warmup_steps: 20", "warmup_steps 20 leaves nothing of max_steps 20"),
         ("measurement_warmup_steps: 20", "measurement_warmup_steps 20 leaves no step of max_steps 20 to measure"),

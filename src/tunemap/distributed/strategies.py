@@ -22,7 +22,7 @@ def wrap(
     world: World,
     *,
     compute: torch.dtype | None = None,
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool,
 ) -> nn.Module:
     """Spread `model` over the world; the same code runs at world size 1, so that it can be the baseline.
 

@@ -62,6 +62,22 @@ def fsdp_units_gate(units: int, blocks: int, *, sharded: bool) -> GateResult:
 
 
 @gate(4)
+def resharding_gate(gathers: int, units: int, micro_batches: int, *, asked: bool) -> GateResult:
+    """With `reshard_after_forward` blocks are gathered again for the backward pass, without it nothing is.
+
+    Prevents: FSDP whose memory and traffic belong to the other setting: each unit is gathered once per micro-batch at
+    least, and what exceeds that is the second gathering. One device gathers nothing and shows nothing.
+    Would have stopped: no published number; a setting that nothing reads, as in F07, is what it is for.
+    """
+    again = gathers - units * micro_batches
+    message = (
+        f"reshard_after_forward {'on' if asked else 'off'}: {units} units were gathered {gathers} times in "
+        f"{micro_batches} micro-batches, {again} of them again for the backward pass"
+    )
+    return GateResult("resharding", again > 0 if asked else again == 0, True, message)
+
+
+@gate(4)
 def optimizer_state_gate(found: Collection[str], expected: Collection[str]) -> GateResult:
     """The optimizer's moments have the dtypes that the optimizer is named for.
 

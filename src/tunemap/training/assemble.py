@@ -113,7 +113,13 @@ def assemble(
     }
     if factors.compile:
         _compile(trained)
-    shared = wrap(trained, factors.strategy, world, compute=_gathered_dtype(run, precision))
+    shared = wrap(
+        trained,
+        factors.strategy,
+        world,
+        compute=_gathered_dtype(run, precision),
+        reshard_after_forward=factors.reshard_after_forward,
+    )
     optimizer = build_optimizer(
         shared,
         name=factors.optimizer,

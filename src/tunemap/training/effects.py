@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from tunemap.config import AdapterMethod, LoraMethod, LowRankMethod
+from tunemap.distributed.communication import Collective
 from tunemap.distributed.strategies import transformer_blocks
 from tunemap.gates.model import (
     adapters_gate,
@@ -23,6 +24,7 @@ from tunemap.gates.model import (
     optimizer_state_gate,
     quantised_layers_gate,
     recomputation_gate,
+    resharding_gate,
     trainable_parameters_gate,
 )
 from tunemap.gates.result import GateResult
@@ -90,6 +92,15 @@ def _packed_layers(model: nn.Module) -> tuple[int, int]:
         if isinstance(module, nn.Linear) and "lora_" not in name
     ]
     return sum(getattr(module.weight, "quant_state", None) is not None for module in linears), len(linears)
+
+
+def gathering_gates(run: Run, collectives: Sequence[Collective], blocks: int) -> list[GateResult]:
+    """Gate on the weights that one step gathered; none where nothing is sharded over several devices."""
+    if run.factors.strategy not in ("fsdp", "hybrid") or run.factors.gpus == 1:
+        return []
+    gathers = sum(one.calls for one in collectives if one.kind == "all_gather")
+    micro_batches, asked = run.factors.gradient_accumulation, run.factors.reshard_after_forward
+    return [resharding_gate(gathers, blocks + 1, micro_batches, asked=asked)]
 
 
 def step_gates(run: Run, seen: Seen, blocks: int) -> list[GateResult]:

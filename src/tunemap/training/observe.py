@@ -133,6 +133,7 @@ class Observer:
         if seen.hardware_flops == 0:  # the run ended before the watched step
             return results
         results += effects.step_gates(run, seen, len(self._assembled.blocks))
+        results += effects.gathering_gates(run, self.communication.collectives, len(self._assembled.blocks))
         costs = self._assembled.costs
         if costs is not None and run.factors.attention != "flash_attention_2":  # whose operators have no formula
             watched = self._first_step + int(run.factors.compile)

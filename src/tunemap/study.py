@@ -223,6 +223,8 @@ def _expand(study: Study, experiment: Experiment) -> tuple[list[tuple[Run, dict[
     for key, values in vary.items():
         if len({repr(value) for value in values}) < len(values):
             problems.append(f"{where}: vary.{key} holds a value twice: {values}")
+    if len(set(experiment.seeds)) < len(experiment.seeds):
+        problems.append(f"{where}: seeds holds a seed twice: {experiment.seeds}; a repetition needs a seed of its own")
     points = list(_points(study, experiment))
     for choice in CHOICES:
         if any(choice not in point.values for point in points):

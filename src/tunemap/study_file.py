@@ -109,20 +109,25 @@ def _missing_files(study: Study) -> list[str]:
         except UserError as error:
             problems.append(f"models.{name}.{error}")
         except (OSError, RuntimeError) as error:  # a name too long, a forbidden folder, an unknown ~user
-            problems.append(f"models.{name}: {error}")
+            problems.append(f"models.{name}: {_in_words(error)}")
     for name, dataset in study.datasets.items():
         try:
             source_files(dataset, root)
         except UserError as error:
             problems.append(f"datasets.{name}.{error}")
         except (OSError, RuntimeError) as error:
-            problems.append(f"datasets.{name}: {error}")
+            problems.append(f"datasets.{name}: {_in_words(error)}")
     if study.hardware.description is not None:
         try:
             load_hardware(study.hardware.description)
         except UserError as error:
             problems.append(f"hardware.description: {error}")
     return problems
+
+
+def _in_words(error: OSError | RuntimeError) -> str:
+    named = isinstance(error, OSError) and error.strerror
+    return f"{_shown(error.filename)}: {error.strerror}; write another path" if named else str(error)
 
 
 # --- YAML -------------------------------------------------------------------------------------------------
@@ -213,7 +218,9 @@ class _Reader:
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
             raise _marked(node, f"{_shown(node.value)} cannot be read as {kind}") from None
         if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
-            raise _marked(node, f"{value!r} holds half a character")
+            raise _marked(node, f"{_shown(value)} holds half a character")
+        if isinstance(value, str) and "\0" in value:
+            raise _marked(node, f"{_shown(value)} holds a NUL, which no command line can pass on; remove it")
         if isinstance(value, int) and value.bit_length() > 63:
             raise _marked(node, f"{_shown(node.value)} is beyond 64 bits")
         return value

@@ -129,6 +129,7 @@ def test_byte_order_mark_and_windows_line_ends_are_fine(tmp_path, text):
         (f"study: 0x{'f' * 5000}\n", "line 1, column 8", "beyond 64 bits"),
         ('study: "\\ud800"\n', "line 1, column 8", "half a character"),
         ('"\\ud800": 1\n', "line 1, column 1", "half a character"),
+        ('study: "a\\0b"\n', "line 1, column 8", "holds a NUL"),
         ("<<: 3\n", "line 1, column 5", "only a mapping can be merged"),
         ("study: &a [*a]\n", "line 1, column 8", "nested more than 40 levels"),
         ("study: &a {b: *a}\n", "line 1, column 8", "nested more than 40 levels"),
@@ -596,8 +597,7 @@ def test_an_impossible_point_of_a_grid_is_named_by_what_varies(tmp_path):
     [
         ("{source: local, path: m}", "models.tiny.path: m is no folder"),
         ("{source: local, path: ~nobody-here/m}", "models.tiny: Could not determine home directory."),
-        (f"{{source: local, path: {'a' * 300}}}", "models.tiny: [Errno 36] File name too long: "),
-        ('{source: local, path: "a\\0b"}', "models.tiny.path: "),
+        (f"{{source: local, path: {'a' * 300}}}", "models.tiny: 'aaa"),
         ("{source: random, config: c, tokenizer: t}", "models.tiny.config: c: no such file"),
     ],
 )

@@ -411,6 +411,7 @@ def plan(
     route: str = "unquantised",
     buffer_device: torch.device | str = "cpu",
     tracker: PeakTracker | None = None,
+    measure: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
 ) -> GoraPlan:
     """Estimate gradients of the bare `model` and turn them into ranks; the model is left exactly as it was.
 
@@ -421,6 +422,7 @@ def plan(
     unsharded model; all of them return the same plan.
     The gradient buffers take 4 bytes per target weight on `buffer_device`; besides them at most one layer's gradient
     exists at a time. `tracker` measures peak memory; without it CUDA's own counter does (and is reset), on CPU nothing.
+    `measure` gives the importance of (weight, gradient) in place of the settings': the planner's tensors hold no values.
     """
     shapes = target_shapes(model, targets)
     if route not in ROUTES:
@@ -437,7 +439,7 @@ def plan(
         gradients, batch_count = _mean_gradients(
             model, batches, list(shapes), settings.seed, loss_function, route, torch.device(buffer_device)
         )
-        measure = importance if settings.importance == "mean" else frobenius_importance
+        measure = measure or (importance if settings.importance == "mean" else frobenius_importance)
         importances = {
             name: _measured(measure, dequantize_module_weight(model.get_submodule(name)), gradient)
             for name, gradient in gradients.items()

@@ -344,10 +344,18 @@ class Factors(Section):
     gradient_checkpointing: bool = _factor(False, "Recompute activations in the backward pass.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = _factor("sdpa", "Attention implementation.")
     compile: bool = _factor(False, "Compile the model with torch.compile.")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor"] = _factor(
+    optimizer: Literal[
+        "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "galore_adamw", "lomo", "adalomo"
+    ] = _factor(
         "adamw",
         "`adamw` is torch's fused AdamW; `adafactor` torch's Adafactor, which keeps row and column sums in place of "
-        "moments; the others are bitsandbytes'.",
+        "moments; `galore_adamw` keeps AdamW's moments of low-rank projections of the gradients; `lomo` (no state) and "
+        "`adalomo` (rows and columns) change each weight during the backward pass and keep no gradients, on one "
+        "device; these three are for full fine-tuning. The others are bitsandbytes' AdamW.",
+    )
+    galore_rank: PositiveInt = _factor(128, "Rank of GaLore's projections; used by optimizer galore_adamw alone.")
+    galore_update_steps: PositiveInt = _factor(
+        200, "Steps between new projections; used by optimizer galore_adamw alone."
     )
     learning_rate: PositiveFloat = _factor(1e-4, "Peak learning rate.")
     weight_decay: NonNegativeFloat = _factor(0.0, "Decoupled weight decay.")

@@ -427,5 +427,29 @@ def _method_reasons(run: Run) -> Iterator[str]:
         yield f"kind peft keeps parameters that {factors.strategy} cannot shard; use single or ddp"
     if isinstance(method, PeftMethod) and method.type in VIRTUAL_TOKENS and factors.batching == "packed":
         yield f"{method.type} puts virtual tokens before each row, which holds several examples if packed"
-    if factors.optimizer == "adafactor" and sharded:
-        yield f"adafactor averages over whole rows and columns, of which {factors.strategy} leaves each device a part"
+    yield from _optimizer_reasons(run)
+
+
+WHOLE_MATRICES = ("adafactor", "galore_adamw")  # optimizers that look at whole rows, columns or matrices
+
+
+def _optimizer_reasons(run: Run) -> Iterator[str]:
+    """What stands against an optimizer."""
+    factors, name = run.factors, run.factors.optimizer
+    if name in WHOLE_MATRICES and factors.strategy in ("fsdp", "hybrid"):
+        yield f"{name} looks at whole rows and columns, of which {factors.strategy} leaves each device a part"
+    if name in FRUGAL and run.method.kind != "full":
+        yield f"{name} saves states of whole weights, and kind {run.method.kind} trains few; use it with kind full"
+    if name not in IN_BACKWARD:
+        return
+    because = f"{name} changes each weight during the backward pass"
+    if factors.strategy != "single":
+        yield f"{because}, before other devices' gradients are there; use strategy single"
+    if factors.gradient_accumulation > 1:
+        yield f"{because}, so that there is nothing to accumulate; use gradient_accumulation 1"
+    if factors.max_grad_norm is not None:
+        yield f"{because}, before the norm of all gradients is known; use max_grad_norm null"
+    if factors.precision == "fp16":
+        yield f"{because}, before fp16's gradient scaler has looked at it; use bf16, pure_bf16 or fp32"
+FRUGAL = ("galore_adamw", "lomo", "adalomo")
+IN_BACKWARD = ("lomo", "adalomo")

@@ -37,6 +37,31 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained, material, tmp
     assert weights_of(resumed) == weights_of(uninterrupted) != {}
 
 
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "settings"),
+    [
+        ("single", 1, {"optimizer": "galore_adamw", "galore_rank": 4, "galore_update_steps": 3}),
+        ("ddp", 2, {"optimizer": "galore_adamw", "galore_rank": 4, "galore_update_steps": 3}),
+        ("single", 1, {"optimizer": "lomo", "max_grad_norm": None, "learning_rate": 0.3}),
+        ("single", 1, {"optimizer": "adalomo", "max_grad_norm": None, "learning_rate": 0.03}),
+    ],
+    ids=lambda value: value["optimizer"] if isinstance(value, dict) else None,
+)
+def test_frugal_optimizers_train_and_resume_bit_for_bit(trained, material, tmp_path, strategy, world_size, settings):
+    uninterrupted = trained("full", strategy, world_size, **settings)
+    losses = uninterrupted.column("loss")
+    assert losses[-1] < 0.985 * losses[0]
+    gates = {gate["gate"]: gate for gate in uninterrupted.result["gates"]}
+    assert [name for name, gate in gates.items() if gate["fatal"] and not gate["passed"]] == []
+    assert world_size == 1 or "replicas" in gates
+    resumed = kill_and_resume(
+        ranks.make_run("full", strategy, world_size, checkpoint_steps=2, **settings), material, tmp_path
+    )
+    for column in ("loss", "gradient_norm"):
+        assert resumed.column(column) == uninterrupted.column(column)
+    assert weights_of(resumed) == weights_of(uninterrupted) != {}
+
+
 def test_gradient_scaler_goes_on_where_it_was(trained, material, tmp_path):
     settings = {"precision": "fp16", "optimizer": "paged_adamw_8bit"}
     run = ranks.make_run("lora", "fsdp", 2, checkpoint_steps=2, **settings)

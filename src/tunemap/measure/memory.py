@@ -219,7 +219,7 @@ class LiveStorage(TorchDispatchMode):
             self._name_gradient(parameter)
         if self._optimizer is not None:
             for state in self._optimizer.state.values():
-                for tensor in _tensors_in(state):
+                for tensor in _tensors_in([_held(value) for value in state.values()]):
                     self._rename(tensor, "optimizer")
 
     def _patch_resize(self) -> None:
@@ -273,15 +273,20 @@ def track_live_storage(
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists, tuples and dictionaries."""
+    """The tensors in nested lists, tuples and dictionaries; of sparse ones those that hold their indices and values."""
     if isinstance(value, torch.Tensor):
-        yield value
+        yield from (value._indices(), value._values()) if value.layout == torch.sparse_coo else (value,)
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors_in(item)
+
+
+def _held(value: Any) -> Any:
+    """The attributes of an object that is no tensor, such as GaLore's projector; any other value itself."""
+    return vars(value) if hasattr(value, "__dict__") and not isinstance(value, torch.Tensor) else value
 
 
 def _unwrapped(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

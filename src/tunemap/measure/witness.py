@@ -42,6 +42,11 @@ class Seen:
         return sum(self.matmul_flops.values()) + self.attention_flops
 
 
+def _is_number(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can be a factor of a product, which indices and masks are not."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 class Witness(TorchDispatchMode):
     """Put it around one step; `seen` holds the result. Costs some microseconds an operator: not in timed steps."""
 
@@ -98,6 +103,6 @@ class Witness(TorchDispatchMode):
         if attention:
             self._attention_flops += flops
         else:
-            # The last factor: of addmm the first argument is the bias.
-            dtype = next(a.dtype for a in reversed(args) if isinstance(a, torch.Tensor) and a.is_floating_point())
+            # The last factor: of addmm the first argument is the bias. A complex one (of C3A) counts as it is.
+            dtype = next(a.dtype for a in reversed(args) if isinstance(a, torch.Tensor) and _is_number(a))
             self._matmul_flops[str(dtype).removeprefix("torch.")] += flops

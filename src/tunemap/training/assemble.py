@@ -27,7 +27,7 @@ from tunemap.run import Run
 from tunemap.training.costs import Costs, closed_form
 from tunemap.training.effects import adapter_layers, expected_trainable, model_gates
 from tunemap.training.loop import TrainingState
-from tunemap.training.optimizer import build_optimizer
+from tunemap.training.optimizer import optimizer_of
 from tunemap.training.precision import DTYPES, PRECISIONS, Precision
 
 
@@ -120,13 +120,7 @@ def assemble(
         compute=_gathered_dtype(run, precision),
         reshard_after_forward=factors.reshard_after_forward,
     )
-    optimizer = build_optimizer(
-        shared,
-        name=factors.optimizer,
-        learning_rate=factors.learning_rate,
-        weight_decay=factors.weight_decay,
-        learning_rate_ratio=adapted.learning_rate_ratio,
-    )
+    optimizer = optimizer_of(unwrap(shared), factors, learning_rate_ratio=adapted.learning_rate_ratio)
     scaler = torch.amp.GradScaler(world.device.type) if precision.scaler else None
     gates = model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
     state = TrainingState(shared, optimizer, scaler)

@@ -117,8 +117,8 @@ def step_gates(run: Run, seen: Seen, blocks: int) -> list[GateResult]:
 
 
 def optimizer_gate(optimizer: torch.optim.Optimizer, name: str) -> GateResult:
-    """Gate on the dtypes of the optimizer's moments; call after a step."""
-    found, expected = set(), set()
+    """Gate on the dtypes of the optimizer's moments, and on the rank of projected ones; call after a step."""
+    found, expected = _projected_moments(optimizer)
     inner = getattr(optimizer, "_inner", optimizer)  # of an optimizer that runs on the shards of this rank
     for parameter, state in inner.state.items():
         moments = [v for v in state.values() if isinstance(v, torch.Tensor) and v.numel() == parameter.numel() > 1]
@@ -128,9 +128,23 @@ def optimizer_gate(optimizer: torch.optim.Optimizer, name: str) -> GateResult:
     return optimizer_state_gate(found, expected)
 
 
+def _projected_moments(optimizer: torch.optim.Optimizer) -> tuple[set[str], set[str]]:
+    """What GaLore keeps of each projected gradient, and what its rank asks for; nothing for other optimizers."""
+    found: set[str] = set()
+    expected: set[str] = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if "rank" in group else ():
+            moment = optimizer.state[parameter]["exp_avg"]
+            found.add(f"{_name(moment.dtype)} of rank {moment.numel() / max(parameter.shape):g}")
+            expected.add(f"{_name(parameter.dtype)} of rank {min(group['rank'], *parameter.shape)}")
+    return found, expected
+
+
 def _moment_dtype(name: str, parameter: torch.Tensor) -> str:
-    if name == "adamw":
+    if name in ("adamw", "galore_adamw"):
         return _name(parameter.dtype)
+    if name == "lomo" or (name in ("adalomo", "adafactor") and parameter.dim() > 1):
+        return "no moments of the whole weight"
     return "uint8" if "8bit" in name and parameter.numel() >= _SMALLEST_8BIT_STATE else "float32"
 
 

@@ -24,6 +24,7 @@ from tunemap.distributed.world import World
 from tunemap.measure.clock import StepClock
 from tunemap.measure.memory import LiveStorage, track_live_storage
 from tunemap.methods.peft_types import after_optimizer_step, penalty
+from tunemap.training.frugal import BackwardOptimizer
 from tunemap.training.optimizer import LEARNING_RATE_RATIO
 from tunemap.training.precision import Precision
 from tunemap.training.schedule import learning_rate_multiplier
@@ -100,12 +101,13 @@ class Loop:
         step: int,
         tracker: LiveStorage | None,
     ) -> dict[str, Any]:
-        """One optimizer step; returns what is known of it without waiting for the device."""
+        """One optimizer step; returns what is known of it without waiting for the device. `clock` has begun it."""
         model, optimizer, scaler = state.model, state.optimizer, state.scaler
         phase = tracker.phase if tracker else named_for_profilers
         counts = {"samples": 0, "real_tokens": 0, "label_tokens": 0, "padded_tokens": 0}
         step_loss: torch.Tensor | float = 0.0
         learning_rate = self._set_learning_rate(optimizer, step)
+        in_backward = optimizer if isinstance(optimizer, BackwardOptimizer) else None
         last = self.factors.gradient_accumulation - 1
         for index in range(self.factors.gradient_accumulation):
             self.beat(step, "data")
@@ -123,15 +125,21 @@ class Loop:
                 clock.mark("forward")
                 self.beat(step, "backward")
                 with phase("backward"):
-                    (scaler.scale(loss) if scaler else loss).backward()
+                    if in_backward:
+                        in_backward.backward(loss)
+                    else:
+                        (scaler.scale(loss) if scaler else loss).backward()
                 clock.mark("backward")
             step_loss = step_loss + loss.detach()
         self.beat(step, "optimizer")
         with phase("optimizer"):
             if scaler:
                 scaler.unscale_(optimizer)
-            limit = self.factors.max_grad_norm
-            norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+            if in_backward:
+                norm = in_backward.gradient_norm()
+            else:
+                limit = self.factors.max_grad_norm
+                norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
             if scaler:
                 scaler.step(optimizer)
                 scaler.update()

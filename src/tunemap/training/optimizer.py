@@ -9,18 +9,31 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tunemap.config import Factors
 from tunemap.errors import UserError
 from tunemap.methods.peft_types import loraplus_optimizer
+from tunemap.training.frugal import BackwardOptimizer, galore_adamw
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 LEARNING_RATE_RATIO = "learning_rate_ratio"  # of a parameter group to the run's learning rate; 1 where absent
 
 
+def optimizer_of(model: nn.Module, factors: Factors, *, learning_rate_ratio: float = 1.0) -> torch.optim.Optimizer:
+    """The optimizer that a run's factors ask for, over the trained parameters of `model` (the one inside DDP)."""
+    options = {"learning_rate": factors.learning_rate, "weight_decay": factors.weight_decay}
+    if factors.optimizer == "galore_adamw":
+        shape = {"rank": factors.galore_rank, "update_steps": factors.galore_update_steps}
+        return galore_adamw(model, **options, **shape, betas=BETAS, eps=EPSILON)  # type: ignore[arg-type]
+    if factors.optimizer in ("lomo", "adalomo"):
+        return BackwardOptimizer(model, name=factors.optimizer, **options)
+    return build_optimizer(model, name=factors.optimizer, **options, learning_rate_ratio=learning_rate_ratio)
+
+
 def build_optimizer(
     model: nn.Module, *, name: str, learning_rate: float, weight_decay: float, learning_rate_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
-    """The optimizer called `name` over the trained parameters of `model`; with a ratio, in the groups of LoRA+.
+    """The optimizer called `name` that steps after the backward pass; with a ratio, in the groups of LoRA+.
 
     `adamw` is torch's fused kernel: one pass over the states and no temporary the size of the gradients, which the
     foreach default needs. `adafactor` keeps row and column means of the squared gradient in place of two moments

@@ -91,7 +91,25 @@ def test_wrong_method_is_found_when_the_study_is_read(tmp_path, method, message)
         ({"kind": "gora", "estimation_batches": 1}, {"strategy": "ddp", "gpus": 2}, "one of 2 devices without a batch"),
         ({"kind": "peft", "type": "VERA"}, {"strategy": "fsdp", "gpus": 2}, "fsdp cannot shard"),
         ({"kind": "peft", "type": "PREFIX_TUNING"}, {"batching": "packed"}, "PREFIX_TUNING puts virtual tokens"),
-        ({"kind": "full"}, {"optimizer": "adafactor", "strategy": "fsdp", "gpus": 2}, "adafactor averages over whole"),
+        ({"kind": "full"}, {"optimizer": "adafactor", "strategy": "fsdp", "gpus": 2}, "adafactor looks at whole rows"),
+        ({"kind": "full"}, {"optimizer": "galore_adamw", "strategy": "fsdp", "gpus": 2}, "galore_adamw looks at whole"),
+        ({"kind": "lora"}, {"optimizer": "galore_adamw"}, "kind lora trains few; use it with kind full"),
+        ({"kind": "full"}, {"optimizer": "lomo"}, "before the norm of all gradients is known; use max_grad_norm null"),
+        (
+            {"kind": "full"},
+            {"optimizer": "lomo", "max_grad_norm": None, "gradient_accumulation": 2},
+            "lomo changes each weight during the backward pass, so that there is nothing to accumulate",
+        ),
+        (
+            {"kind": "full"},
+            {"optimizer": "adalomo", "max_grad_norm": None, "strategy": "ddp", "gpus": 2},
+            "before other devices' gradients are there; use strategy single",
+        ),
+        (
+            {"kind": "full"},
+            {"optimizer": "adalomo", "max_grad_norm": None, "precision": "fp16"},
+            "before fp16's gradient scaler has looked at it; use bf16, pure_bf16 or fp32",
+        ),
     ],
 )
 def test_impossible_combination_is_refused_with_its_reason(tmp_path, method, factors, message):

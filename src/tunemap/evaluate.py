@@ -1,10 +1,10 @@
-"""Evaluation on the test split: greedy generation or classification, every prediction kept, the base model alike."""
+"""One process of an evaluation: greedy generation or classification of its batches, the base model alike."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +14,56 @@ from torch import nn
 
 from tunemap.config import AdapterMethod, LowRankMethod
 from tunemap.data.answers import score
+from tunemap.data.collate import collate
 from tunemap.data.tokens import Tokens, load_tokens
 from tunemap.gates import generation_limit_gate
 from tunemap.models.loading import load_model, load_tokenizer
+from tunemap.predictions import Indices, Prediction, Share, batches_of
 from tunemap.run import Run
-from tunemap.statistics import wilson
 from tunemap.training.assemble import quantization_of
 from tunemap.training.precision import DTYPES, PRECISIONS
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One test example with what the model made of it. For a classification only `output` and `correct` count."""
+def evaluate_share(
+    run: Run,
+    model_folder: Path,
+    weights_folder: Path,
+    tokens_folder: Path,
+    *,
+    device: str,
+    rank: int = 0,
+    world_size: int = 1,
+    beat: Callable[[int], None] = lambda batch: None,
+) -> Share:
+    """Let a trained run (or the base model) answer this process's batches of the test split.
 
-    id: str
-    prompt: str
-    reference: str
-    output: str
-    extracted_strict: str | None
-    extracted_flexible: str | None
-    correct: bool
-    correct_flexible: bool | None
-    malformed: bool | None  # no answer in the strict form
-    truncated: bool | None  # the generation limit ended it
-
-
-def evaluate(
-    run: Run, model_folder: Path, weights_folder: Path, tokens_folder: Path, *, device: str
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """Evaluate a trained run (or the base model) on the test split; returns the summary and all predictions."""
+    Each process holds the whole model: what training had to shard for its gradients and states fits without them.
+    `beat` is told the number of each batch that begins, as a sign of life.
+    """
     torch.set_num_threads(run.factors.threads_per_process)
     tokens = load_tokens(tokens_folder)
     model = load_trained(run, model_folder, weights_folder, num_labels=len(tokens.label_names) or None, device=device)
     model.eval()
-    started = time.perf_counter()
-    precision = PRECISIONS[run.factors.precision]
-    gates = []
-    with torch.inference_mode(), precision.autocast_context(device):
-        if tokens.task_kind == "classification":
-            predictions = list(_classify(model, tokens, run.factors.evaluation_batch_size, device))
-        else:
-            limit = run.factors.max_new_tokens or int(tokens.statistics["longest_reference_tokens"])
-            gates.append(generation_limit_gate(tokens.statistics, limit))
-            tokenizer = load_tokenizer(model_folder)
-            predictions = list(_generate(model, tokenizer, tokens, run.factors.evaluation_batch_size, limit, device))
-    summary = summarise(predictions, tokens)
-    summary |= {
-        "max_new_tokens": limit if tokens.task_kind == "generation" else None,
-        "evaluation_time_s": time.perf_counter() - started,
-        "gates": [vars(gate) for gate in gates],
-    }
-    return summary, predictions
+    batch_size = run.factors.evaluation_batch_size
+    batches = batches_of(tokens.test.lengths, batch_size, rank=rank, world_size=world_size)
+    answer: Callable[[Indices], dict[int, Prediction]] = partial(_classify, model, tokens, device)
+    limit, gates = None, []
+    if tokens.task_kind == "generation":
+        limit = run.factors.max_new_tokens or int(tokens.statistics["longest_reference_tokens"])
+        gates.append(generation_limit_gate(tokens.statistics, limit))
+        answer = partial(_generate, model, load_tokenizer(model_folder), tokens, limit, device)
+    predictions: dict[int, Prediction] = {}
+    count, started = sum(map(len, batches)), time.perf_counter()
+    with torch.inference_mode(), PRECISIONS[run.factors.precision].autocast_context(device):
+        for number, indices in enumerate(batches):
+            beat(number)
+            predictions |= answer(indices)
+            seconds = time.perf_counter() - started
+            if rank == 0:
+                left_s = seconds / len(predictions) * (count - len(predictions))
+                where = f" by the first of {world_size} processes" if world_size > 1 else ""
+                print(f"evaluated {len(predictions)}/{count}{where}  {seconds:.1f} s, {left_s:.0f} s left", flush=True)
+    return Share(predictions, limit, gates, time.perf_counter() - started)
 
 
 def load_trained(
@@ -97,74 +96,44 @@ def load_trained(
     return model
 
 
-def summarise(predictions: Sequence[Prediction], tokens: Tokens) -> dict[str, Any]:
-    """Accuracy with its 95 % Wilson interval, and the shares that explain it."""
-    count, correct = len(predictions), sum(prediction.correct for prediction in predictions)
-    interval = wilson(correct, count)
-    generation = tokens.task_kind == "generation"
+def _generate(
+    model: nn.Module, tokenizer: Any, tokens: Tokens, limit: int, device: str, indices: Indices
+) -> dict[int, Prediction]:
+    """Greedy generation, left-padded so that all prompts of the batch end where generation begins."""
+    input_ids, attention_mask = _left_padded([tokens.test.sequence(i) for i in indices], tokens.pad_token_id, device)
+    generated = model.generate(  # type: ignore[operator]
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )[:, input_ids.shape[1] :]
+    ended = (generated == tokens.eos_token_id).any(dim=1).tolist()
+    texts = tokenizer.batch_decode(_until_end(generated, tokens), skip_special_tokens=True)
     return {
-        "task": tokens.task,
-        "task_kind": tokens.task_kind,
-        "split": "test",
-        "metric": "exact_match_strict" if generation else "accuracy",
-        "n": count,
-        "correct": correct,
-        "accuracy": correct / count,
-        "accuracy_low": interval.low,
-        "accuracy_high": interval.high,
-        "accuracy_flexible": _share(predictions, "correct_flexible") if generation else None,
-        "malformed_share": _share(predictions, "malformed") if generation else None,
-        "truncated_share": _share(predictions, "truncated") if generation else None,
+        index: _scored(tokens, index, text, truncated=not end)
+        for index, text, end in zip(indices.tolist(), texts, ended, strict=True)
     }
 
 
-def _share(predictions: Sequence[Prediction], name: str) -> float:
-    return sum(bool(getattr(prediction, name)) for prediction in predictions) / len(predictions)
-
-
-def _generate(
-    model: nn.Module, tokenizer: Any, tokens: Tokens, batch_size: int, limit: int, device: str
-) -> Iterator[Prediction]:
-    """Greedy generation, left-padded so that all prompts end where generation begins; in order of length."""
-    order = np.argsort(tokens.test.lengths, kind="stable")
-    outputs: dict[int, tuple[str, bool]] = {}
-    started = time.perf_counter()
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        input_ids, attention_mask = _left_padded(
-            [tokens.test.sequence(i) for i in indices], tokens.pad_token_id, device
-        )
-        generated = model.generate(  # type: ignore[operator]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=tokens.eos_token_id,
-            pad_token_id=tokens.pad_token_id,
-        )[:, input_ids.shape[1] :]
-        ended = (generated == tokens.eos_token_id).any(dim=1).tolist()
-        texts = tokenizer.batch_decode(_until_end(generated, tokens), skip_special_tokens=True)
-        outputs |= dict(zip(indices.tolist(), zip(texts, [not end for end in ended], strict=True), strict=True))
-        done, elapsed_s = min(start + batch_size, len(order)), time.perf_counter() - started
-        left_s = elapsed_s / done * (len(order) - done)
-        print(f"evaluated {done}/{len(order)}  {elapsed_s:.1f} s, {left_s:.0f} s left", flush=True)
-    for index, row in enumerate(tokens.test_rows):
-        text, truncated = outputs[index]
-        scored = score(tokens.task, text, row["reference"])
-        yield Prediction(
-            id=row["id"],
-            prompt=row["prompt"],
-            reference=row["reference"],
-            output=text,
-            extracted_strict=scored.extracted_strict,
-            extracted_flexible=scored.extracted_flexible,
-            correct=scored.correct,
-            correct_flexible=scored.correct_flexible,
-            malformed=scored.malformed,
-            truncated=truncated,
-        )
+def _scored(tokens: Tokens, index: int, text: str, *, truncated: bool) -> Prediction:
+    row = tokens.test_rows[index]
+    scored = score(tokens.task, text, row["reference"])
+    return Prediction(
+        id=row["id"],
+        prompt=row["prompt"],
+        reference=row["reference"],
+        output=text,
+        extracted_strict=scored.extracted_strict,
+        extracted_flexible=scored.extracted_flexible,
+        correct=scored.correct,
+        correct_flexible=scored.correct_flexible,
+        malformed=scored.malformed,
+        truncated=truncated,
+    )
 
 
 def _until_end(generated: torch.Tensor, tokens: Tokens) -> list[list[int]]:
@@ -184,17 +153,16 @@ def _left_padded(sequences: list[Any], pad_token_id: int, device: str) -> tuple[
     return torch.from_numpy(input_ids).to(device), torch.from_numpy(attention_mask).to(device)
 
 
-def _classify(model: nn.Module, tokens: Tokens, batch_size: int, device: str) -> Iterator[Prediction]:
-    from tunemap.data.collate import collate
-
-    order = np.argsort(tokens.test.lengths, kind="stable")
-    chosen: dict[int, int] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        rows = [np.array([index]) for index in indices]
-        batch = collate(tokens.test, rows, pad_token_id=tokens.pad_token_id).to(device)
-        chosen |= dict(zip(indices.tolist(), model(**batch.inputs).logits.argmax(-1).tolist(), strict=True))
-    for index, row in enumerate(tokens.test_rows):
-        output = tokens.label_names[chosen[index]]
+def _classify(model: nn.Module, tokens: Tokens, device: str, indices: Indices) -> dict[int, Prediction]:
+    """The class that the model finds likeliest for each text of the batch."""
+    rows = [np.array([index]) for index in indices]
+    batch = collate(tokens.test, rows, pad_token_id=tokens.pad_token_id).to(device)
+    chosen = model(**batch.inputs).logits.argmax(-1).tolist()
+    predictions = {}
+    for index, label in zip(indices.tolist(), chosen, strict=True):
+        row, output = tokens.test_rows[index], tokens.label_names[label]
         correct = output == row["reference"]
-        yield Prediction(row["id"], row["prompt"], row["reference"], output, None, None, correct, None, None, None)
+        predictions[index] = Prediction(
+            row["id"], row["prompt"], row["reference"], output, None, None, correct, None, None, None
+        )
+    return predictions

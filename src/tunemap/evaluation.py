@@ -1,16 +1,36 @@
-"""Evaluates a run into its two files, which also say why a run could not be evaluated; imports torch only if needed."""
+"""Evaluates a run in as many processes as it was trained with, into two files, whatever happens to the processes.
+
+    python -m tunemap.evaluation --run-file run.json --model DIR --tokens DIR --weights DIR --work DIR
+        --device cpu --rank 0 --processes 2
+
+is one of the processes, which leaves share.rankN.json in the work folder, or failure.rankN.json. They share no state
+and exchange nothing: each has the whole model and answers its own batches. Imports torch only in the processes.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import traceback
+import os
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tunemap.files import read_json, write_atomic, write_json
 from tunemap.run import Run
-from tunemap.training.devices import lease_devices
+from tunemap.training import parent
+from tunemap.training.devices import Devices, lease_devices
+from tunemap.training.failure import Failure, describe, how_it_ended, read_failures, write_failure
+from tunemap.training.heartbeat import Heartbeat, Watchdog
+from tunemap.training.launch import worker_environment
+
+POLL_SECONDS = 0.05
+STALL_LIMIT_S = 3600.0  # longer than a batch should take: thousands of tokens of a large model, on a slow device
+RUN_FILE = "run.json"
 
 
 def evaluate_to_files(
@@ -39,16 +59,124 @@ def evaluate_to_files(
     elif trained["outcome"] != "ok":
         result |= {"outcome": "skipped", "reason": f"the training ended with outcome {trained['outcome']}"}
     else:
-        try:
-            with lease_devices(device, 1) as devices:
-                from tunemap.evaluate import evaluate
-
-                summary, made = evaluate(run, model, weights, tokens, device=devices.kind)
+        work = evaluation.parent / "unfinished"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        failure = _run_processes(run, device, model=model, tokens=tokens, weights=weights, work=work)
+        if failure is None:
+            summary, rows = _combined(work, tokens)
             result |= summary
-            rows = [asdict(prediction) for prediction in made]
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            result |= {"outcome": "error", "reason": reason, "traceback": traceback.format_exc()}
-            print(result["traceback"], flush=True)
+        else:
+            where = f"process {failure.rank}: " if run.factors.gpus > 1 else ""
+            result |= {"outcome": "error", "reason": where + failure.reason, "traceback": failure.traceback}
+            print(failure.traceback or failure.reason, flush=True)
+        shutil.rmtree(work)
     write_atomic(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(evaluation, result)
+
+
+def _combined(work: Path, tokens: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary and predictions of all processes."""
+    from tunemap.data.tokens import load_tokens
+    from tunemap.predictions import combine, share_from_json
+
+    shares = [share_from_json(read_json(path)) for path in sorted(work.glob("share.rank*.json"))]
+    summary, predictions = combine(shares, load_tokens(tokens))
+    return summary, [asdict(prediction) for prediction in predictions]
+
+
+def _run_processes(run: Run, device: str, *, work: Path, **folders: Path) -> Failure | None:
+    """Run all processes to their end, or all of them to the failure of the first."""
+    count = run.factors.gpus
+    write_json(work / RUN_FILE, run.evaluation_spec())
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        with lease_devices(device, count) as devices:
+            try:
+                for rank in range(count):
+                    command = _command(work, devices.kind, rank, count, folders)
+                    processes.append(subprocess.Popen(command, env=_environment(run, devices, rank)))
+                return _wait(processes, work)
+            finally:
+                for process in processes:
+                    process.kill()  # those that have ended do not mind
+                    process.wait()
+    except Exception as error:
+        return describe(error, rank=0, phase="start", step=None)
+
+
+def _command(work: Path, device: str, rank: int, count: int, folders: dict[str, Path]) -> list[str]:
+    command = [sys.executable, "-m", "tunemap.evaluation", "--run-file", str(work / RUN_FILE), "--work", str(work)]
+    for name, folder in folders.items():
+        command += [f"--{name}", str(folder)]
+    return [*command, "--device", device, "--rank", str(rank), "--processes", str(count)]
+
+
+def _environment(run: Run, devices: Devices, rank: int) -> dict[str, str]:
+    """Each process sees one device, its own."""
+    environment = worker_environment(run, devices) | {parent.VARIABLE: "1"}
+    if devices.kind == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"].split(",")[rank]
+    return environment
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], work: Path) -> Failure | None:
+    """Wait for the end of all; a failure as soon as one has failed, or once none has moved on for too long."""
+    watchdog = Watchdog(work, STALL_LIMIT_S)
+    while True:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code not in (None, 0):
+                silent = Failure("error", how_it_ended(code, "evaluating"), rank, "evaluate", None, None)
+                return next((one for one in read_failures(work) if one.rank == rank), silent)
+        if None not in codes:
+            return None
+        if (stuck := watchdog.stalled()) is not None:
+            reason = f"no answer for {STALL_LIMIT_S:g} s, in batch {stuck.step} of this process"
+            return Failure("timeout", reason, stuck.rank, "evaluate", None, None)
+        time.sleep(POLL_SECONDS)
+
+
+# --- one of the processes ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Evaluate one share; the exit code is 0 only if it is written."""
+    parent.end_with_parent()
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("run-file", "model", "tokens", "weights", "work"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--processes", type=int, required=True)
+    arguments = parser.parse_args()
+    try:
+        _evaluate_share(arguments)
+    except Exception as error:
+        write_failure(arguments.work, describe(error, rank=arguments.rank, phase="evaluate", step=None))
+        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # everything is on disk; tearing the interpreter down would cost most of a second
+
+
+def _evaluate_share(arguments: argparse.Namespace) -> None:
+    from tunemap.evaluate import evaluate_share
+
+    heartbeat = Heartbeat(arguments.work, arguments.rank)
+    share = evaluate_share(
+        Run.from_json(arguments.run_file.read_text()),
+        arguments.model,
+        arguments.weights,
+        arguments.tokens,
+        device=arguments.device,
+        rank=arguments.rank,
+        world_size=arguments.processes,
+        beat=lambda batch: heartbeat.beat(batch, "forward"),
+    )
+    heartbeat.stop()
+    write_json(arguments.work / f"share.rank{arguments.rank}.json", share.to_json())
+
+
+if __name__ == "__main__":
+    main()

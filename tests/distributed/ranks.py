@@ -195,7 +195,7 @@ def train(
 
 
 def evaluate(runs: list[Run], weights: list[Path], material: Material, destination: Path) -> list[dict[str, Any]]:
-    """Evaluate trained runs in one process of the server, one after the other."""
+    """Evaluate trained runs in one process of the server, each in as many shares as the run has devices."""
     arguments = ([run.evaluation_spec() for run in runs], weights, material, destination)
     process = multiprocessing.get_context("forkserver").Process(target=_evaluate, args=arguments)
     process.start()
@@ -205,12 +205,20 @@ def evaluate(runs: list[Run], weights: list[Path], material: Material, destinati
 
 
 def _evaluate(specs: list[dict[str, Any]], weights: list[Path], material: Material, destination: Path) -> None:
-    from tunemap.evaluate import evaluate
+    from tunemap.data.tokens import load_tokens
+    from tunemap.evaluate import evaluate_share
+    from tunemap.predictions import combine
 
     evaluations = []
     for spec, folder in zip(specs, weights, strict=True):
         run = Run.from_json(json.dumps(spec))
-        summary, predictions = evaluate(run, material.model, folder, material.tokens, device="cpu")
+        shares = [
+            evaluate_share(
+                run, material.model, folder, material.tokens, device="cpu", rank=rank, world_size=run.factors.gpus
+            )
+            for rank in range(run.factors.gpus)
+        ]
+        summary, predictions = combine(shares, load_tokens(material.tokens))
         evaluations.append({"n": summary["n"], "outputs": {one.id: one.output for one in predictions}})
     destination.write_text(json.dumps(evaluations))
 

@@ -1,6 +1,6 @@
 """What a run saves under a strategy is what one process would have saved, and it evaluates without the strategy.
 
-Evaluation always runs in one process: it loads the saved weights, so no strategy can reach it.
+Each process of an evaluation loads the saved weights and answers its share of the batches, so no strategy reaches it.
 """
 
 import json

@@ -1,25 +1,31 @@
 """Evaluation: padding and batches change nothing, every row gets its prediction, and weights come back as they were."""
 
 import json
+import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from tunemap import corpora, evaluate
+from tunemap import corpora, evaluate, evaluation
 from tunemap.config import DatasetConfig, Factors, FullMethod, LoraMethod, QloraMethod, RandomModel
 from tunemap.data.sources import prepare as prepare_dataset
 from tunemap.data.tokens import Tokens, load_tokens, tokenize
 from tunemap.distributed.world import World
-from tunemap.evaluate import evaluate as evaluate_run
-from tunemap.evaluate import load_trained
+from tunemap.evaluate import evaluate_share, load_trained
 from tunemap.evaluation import evaluate_to_files
 from tunemap.files import read_json, write_json
 from tunemap.methods.apply import apply_method
 from tunemap.models import prepare as prepare_model
 from tunemap.models.loading import load_model, load_tokenizer
+from tunemap.predictions import Share, batches_of, combine, share_from_json
 from tunemap.run import Run, RunMethod
 from tunemap.statistics import wilson
 from tunemap.training.assemble import quantization_of
@@ -85,9 +91,17 @@ def run_of(kind: str = "generation", method: RunMethod | None = None, **factors:
     )
 
 
+def shares_of(root: Path, run: Run, weights: Path = Path("none"), *, processes: int = 1) -> list[Share]:
+    """What each process would make, one after the other."""
+    model, tokens = root / MODELS[run.task_kind], root / run.task_kind
+    return [
+        evaluate_share(run, model, weights, tokens, device="cpu", rank=rank, world_size=processes)
+        for rank in range(processes)
+    ]
+
+
 def evaluated(root: Path, run: Run, weights: Path = Path("none")):
-    tokens = root / run.task_kind
-    return evaluate_run(run, root / MODELS[run.task_kind], weights, tokens, device="cpu")
+    return combine(shares_of(root, run, weights), load_tokens(root / run.task_kind))
 
 
 # --- generation -------------------------------------------------------------------------------------------
@@ -223,6 +237,40 @@ def test_classification_is_the_same_in_any_batch(root):
     assert (summary["accuracy_flexible"], summary["malformed_share"], summary["max_new_tokens"]) == (None, None, None)
 
 
+# --- several processes ------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(1, 9), max_size=40), batch_size=st.integers(1, 7), world_size=st.integers(1, 9))
+def test_processes_share_the_batches_of_one_process(lengths, batch_size, world_size):
+    whole = [batch.tolist() for batch in batches_of(lengths, batch_size, rank=0, world_size=1)]
+    shared = [batches_of(lengths, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(place for batch in whole for place in batch) == list(range(len(lengths)))
+    assert sorted(batch.tolist() for batches in shared for batch in batches) == sorted(whole)
+    assert max(map(len, shared)) - min(map(len, shared)) <= 1
+
+
+@pytest.mark.parametrize("processes", [2, 4, 5])
+@pytest.mark.parametrize("kind", ["generation", "classification"])
+def test_answers_do_not_depend_on_the_number_of_processes(root, kind, processes):
+    run, tokens = run_of(kind, evaluation_batch_size=4), load_tokens(root / kind)  # four batches, the last of one
+    alone = combine(shares_of(root, run), tokens)
+    shares = shares_of(root, run, processes=processes)
+    summary, predictions = combine([share_from_json(json.loads(json.dumps(s.to_json()))) for s in shares], tokens)
+    assert predictions == alone[1]
+    differing = {key for key in summary if summary[key] != alone[0][key]}
+    assert differing <= {"processes", "evaluation_time_s"}
+    assert summary["processes"] == processes
+
+
+def test_an_example_that_is_missing_or_answered_twice_is_an_error(root):
+    tokens = load_tokens(root / "classification")
+    first, second = shares_of(root, run_of("classification", evaluation_batch_size=4), processes=2)
+    with pytest.raises(RuntimeError, match="8 predictions of 8 examples for 13 test examples"):
+        combine([first], tokens)
+    with pytest.raises(RuntimeError, match="21 predictions of 13 examples for 13 test examples"):
+        combine([first, second, first], tokens)
+
+
 # --- weights come back as they were -----------------------------------------------------------------------
 
 
@@ -336,9 +384,14 @@ def to_files(root: Path, folder: Path, run: Run, **outcome: Any) -> tuple[dict[s
     return read_json(folder / "evaluation.json"), rows
 
 
-def test_evaluation_files(root, tmp_path):
-    run = run_of()
+def test_evaluation_files_of_two_processes_replace_those_of_a_failure(root, tmp_path):
+    run = run_of(evaluation_batch_size=4, gpus=2)
+    first, _ = to_files(root, tmp_path, run, outcome="oom")
+    assert first["outcome"] == "skipped"
     result, rows = to_files(root, tmp_path, run)
+    assert result["processes"] == 2
+    assert rows == [asdict(prediction) for prediction in evaluated(root, run)[1]]
+    assert {path.name for path in tmp_path.iterdir()} == {"outcome.json", "evaluation.json", "predictions.jsonl"}
     assert (result["run"], result["outcome"], result["reason"]) == ("r", "ok", None)
     assert (result["digest"], result["training_digest"]) == (run.evaluation_digest, run.training_digest)
     assert result["n"] == len(rows) == 13
@@ -372,8 +425,34 @@ def test_a_failure_is_a_result_with_its_reason(root, tmp_path, capsys):
     assert rows == []
 
 
-def test_a_repeated_evaluation_replaces_the_old_one(root, tmp_path):
-    run = run_of("classification")
-    first, _ = to_files(root, tmp_path, run, outcome="oom")
-    again, rows = to_files(root, tmp_path, run)
-    assert (first["outcome"], again["outcome"], len(rows)) == ("skipped", "ok", 13)
+FAILING = """
+import os, signal, sys, time
+from pathlib import Path
+work, rank, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+(work.parent / f"pid{rank}").write_text(str(os.getpid()))
+(work / f"heartbeat.rank{rank}").write_text(f"{7 + rank} forward")
+if rank == 1 and how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("killed", "process 1: the evaluating process was ended by SIGKILL (the system may have run out of memory)"),
+        ("hang", "process 0: no answer for 0.5 s, in batch 7 of this process"),
+    ],
+)
+def test_a_process_that_dies_or_hangs_ends_the_evaluation_with_its_reason(root, tmp_path, monkeypatch, how, reason):
+    def command(work, device, rank, count, folders):
+        return [sys.executable, "-c", FAILING, str(work), str(rank), how]
+
+    monkeypatch.setattr(evaluation, "_command", command)
+    monkeypatch.setattr(evaluation, "STALL_LIMIT_S", 0.5)
+    started = time.monotonic()
+    result, rows = to_files(root, tmp_path, run_of(gpus=2))
+    assert time.monotonic() - started < 10
+    assert (result["outcome"], result["reason"], rows) == ("error", reason, [])
+    for rank in (0, 1):
+        assert not psutil.pid_exists(int((tmp_path / f"pid{rank}").read_text()))

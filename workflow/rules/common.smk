@@ -128,7 +128,9 @@ def run_threads(wildcards):
 
 
 def evaluation_threads(wildcards):
-    return PLAN.runs[wildcards.run].factors.threads_per_process
+    """An evaluation has as many processes as the training had; they share its batches."""
+    factors = PLAN.runs[wildcards.run].factors
+    return factors.gpus * factors.threads_per_process
 
 
 def run_gpus(wildcards):
@@ -140,7 +142,7 @@ def run_gpus(wildcards):
 
 
 def evaluation_gpus(wildcards):
-    return 0 if PLAN.device == "cpu" else 1
+    return 0 if PLAN.device == "cpu" else PLAN.runs[wildcards.run].factors.gpus
 
 
 def device(wildcards):

@@ -70,13 +70,13 @@ def describe(error: BaseException, *, rank: int, phase: str | None, step: int | 
     return Failure(outcome, message, rank, phase, step, text, asked, free, outcome == "error" and lost_partner)
 
 
-def how_it_ended(code: int | None) -> str:
+def how_it_ended(code: int | None, doing: str = "training") -> str:
     """In words, how a process ended that left no message."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
-        return f"the training process was ended by {name}{hint}"
-    return f"the training process ended with exit code {code} and left no message; see the log of this run"
+        return f"the {doing} process was ended by {name}{hint}"
+    return f"the {doing} process ended with exit code {code} and left no message; see the log of this run"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tunemap.evaluate import evaluate, load_trained
+from tunemap.evaluate import evaluate_share, load_trained
 
 SMALL = {"estimation_batches": 2, "estimation_batch_size": 8}
 GORA = {"kind": "gora", "reference_rank": 4, **SMALL}
@@ -38,8 +38,8 @@ def gora(train_once):
 def assert_learned_weights_evaluate(ended, run):
     """Evaluation loads what was saved, and what was saved makes a difference."""
     paths = ended.paths
-    summary, predictions = evaluate(run, paths.model, paths.weights, paths.tokens, device="cpu")
-    assert summary["n"] == len(predictions) == 8
+    share = evaluate_share(run, paths.model, paths.weights, paths.tokens, device="cpu")
+    assert len(share.predictions) == 8
     reloaded = load_trained(run, paths.model, paths.weights, num_labels=None, device="cpu").eval()
     tokens = torch.arange(20)[None]
     with torch.no_grad():

@@ -323,6 +323,7 @@ class Factors(Section):
         "single", "How the run is spread over devices; `fsdp` shards per transformer block."
     )
     gpus: PositiveInt = _factor(1, "Number of devices, one process each (processes where there is no GPU).")
+    nodes: PositiveInt = _factor(1, "Machines that `gpus` are spread over evenly; more than one needs Slurm.")
     reshard_after_forward: bool = _factor(
         True,
         "Whether `fsdp` and `hybrid` free a block's gathered weights after its forward pass and gather them again for "

@@ -381,6 +381,8 @@ def reasons_against(run: Run) -> list[str]:
     factors, reasons = run.factors, []
     if factors.strategy == "single" and factors.gpus != 1:
         reasons.append(f"strategy single uses one device, gpus is {factors.gpus}; use ddp, fsdp or hybrid")
+    if factors.gpus % factors.nodes:
+        reasons.append(f"gpus {factors.gpus} cannot be spread evenly over nodes {factors.nodes}; use a multiple")
     if factors.strategy == "hybrid" and factors.gpus != 1 and (factors.gpus < 4 or factors.gpus % 2):
         reasons.append(f"strategy hybrid needs an even number of at least 4 devices, gpus is {factors.gpus}")
     if not factors.reshard_after_forward and factors.strategy not in ("fsdp", "hybrid"):

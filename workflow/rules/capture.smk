@@ -16,6 +16,11 @@ rule capture:
     threads: run_threads
     resources:
         gpu=run_gpus,
+        gres=run_gres,
+        nodes=run_nodes,
+        tasks=run_tasks,
+        mpi=run_launched_by,
+        mem_mb=run_mem_mb,
         timed_run=1,
     params:
         spec=training_spec,

@@ -9,10 +9,16 @@ if CHECKOUT.name == "workflow":
     CHECKOUT = CHECKOUT.parent
 sys.path.insert(0, str(CHECKOUT / "src"))
 
+from tunemap import requests, slurm
 from tunemap import sources as source_files
+from tunemap.duplicates import what_is_left
 from tunemap.errors import UserError
 from tunemap.frozen import FrozenPlan, freeze, thaw
 from tunemap.study_file import load_plan
+
+RETRIES = (
+    "TUNEMAP_RETRIES"  # --retries of the main process; inside of jobs it is always 0
+)
 
 
 wildcard_constraints:
@@ -35,15 +41,15 @@ def _plan() -> FrozenPlan:
     if frozen is not None:
         return frozen
     given = workflow.config_settings.config or {}
-    if unknown := sorted(set(given) - {"data_root"}):
+    if unknown := sorted(set(given) - {"data_root", "scale"}):
         raise UserError(
-            f"--config {unknown[0]}: only data_root can be given there; edit the study file instead"
+            f"--config {unknown[0]}: only data_root and scale can be given there; edit the study file instead"
         )
     # A study given with --configfile replaces the default study; Snakemake itself would merge the two.
     files = workflow.config_settings.configfiles or [
         CHECKOUT / "config" / "config.yaml"
     ]
-    plan = load_plan(Path(files[-1]), data_root=given.get("data_root"))
+    plan = load_plan(Path(files[-1]), **given)
     return freeze(plan, Path(".snakemake") / "tunemap", os.environ)
 
 
@@ -51,6 +57,21 @@ try:
     PLAN = _plan()
 except UserError as error:
     raise WorkflowError(str(error)) from None
+
+
+def _tell_jobs():
+    """What jobs shall find in their environment, which is this process's (sbatch --export=ALL)."""
+    slurm.keep_configuration(os.environ, Path(".snakemake") / "tunemap" / "bin")
+    # Before its time limit, a job is told to write a checkpoint. Nobody but the launcher of a run heeds SIGURG.
+    os.environ.setdefault("SBATCH_SIGNAL", f"URG@{requests.STEP_DOWN_S}")
+    os.environ[RETRIES] = str(workflow.execution_settings.retries)
+
+
+# In the main process alone, before anything is submitted.
+onstart:
+    if left := what_is_left(Path("results"), PLAN):
+        raise WorkflowError(left)
+    _tell_jobs()
 
 
 def sources(stage):
@@ -121,10 +142,59 @@ def evaluation_spec(wildcards):
 
 
 def run_threads(wildcards):
-    return (
-        PLAN.runs[wildcards.run].factors.gpus
-        * PLAN.runs[wildcards.run].factors.threads_per_process
+    """Cores of one node."""
+    return requests.node_cpus(PLAN.runs[wildcards.run], device=PLAN.device)
+
+
+def model_bytes(wildcards):
+    return requests.prepared_bytes(Path(run_model(wildcards)))
+
+
+def run_mem_mb(wildcards, attempt):
+    """Host memory of one node."""
+    return requests.training_memory_mb(
+        PLAN.runs[wildcards.run],
+        device=PLAN.device,
+        model_bytes=model_bytes(wildcards),
+        attempt=attempt,
     )
+
+
+def run_runtime(wildcards, attempt):
+    return requests.training_minutes(PLAN.runs[wildcards.run], attempt=attempt)
+
+
+def evaluation_mem_mb(wildcards, attempt):
+    return requests.evaluation_memory_mb(
+        model_bytes=model_bytes(wildcards), attempt=attempt
+    )
+
+
+def attempts_left(wildcards, attempt):
+    """How often a job is submitted again if this attempt fails."""
+    retries = os.environ.get(RETRIES, workflow.execution_settings.retries)
+    return max(0, int(retries) + 1 - attempt)
+
+
+def run_nodes(wildcards):
+    return PLAN.runs[wildcards.run].factors.nodes
+
+
+def run_tasks(wildcards):
+    """One torchrun per node; none is asked for on a single node, where the plugin would start one per GPU."""
+    return run_nodes(wildcards) if run_nodes(wildcards) > 1 else None
+
+
+def run_launched_by(wildcards):
+    """`srun` tells the plugin that the job starts its steps on other nodes itself."""
+    return "srun" if run_nodes(wildcards) > 1 else None
+
+
+def run_gres(wildcards):
+    """GPUs per node of a run over several; `gpu` alone would let Slurm spread them unevenly."""
+    if run_nodes(wildcards) == 1 or run_all_gpus(wildcards) == 0:
+        return None
+    return f"gpu:{run_all_gpus(wildcards) // run_nodes(wildcards)}"
 
 
 def evaluation_threads(wildcards):
@@ -134,6 +204,11 @@ def evaluation_threads(wildcards):
 
 
 def run_gpus(wildcards):
+    """GPUs of a run on one node; see `run_gres`."""
+    return run_all_gpus(wildcards) if run_nodes(wildcards) == 1 else None
+
+
+def run_all_gpus(wildcards):
     return (
         0
         if PLAN.device == "cpu" or PLAN.runs[wildcards.run].is_base

@@ -1,6 +1,12 @@
 # Models and data, prepared once and shared by all studies.
 
 
+# Here, where the workflow was started: on many clusters only such hosts reach the network.
+localrules:
+    prepare_model,
+    prepare_dataset,
+
+
 rule prepare_model:
     input:
         code=sources("prepare_model"),
@@ -51,5 +57,5 @@ rule tokenize_dataset:
     params:
         spec=tokens_spec,
     shell:
-        "python {input.code[0]} --spec {params.spec:q} --model {input.model} --dataset {input.dataset}"
+        "HF_HUB_OFFLINE=1 python {input.code[0]} --spec {params.spec:q} --model {input.model} --dataset {input.dataset}"
         " --destination {output} >{log} 2>&1"

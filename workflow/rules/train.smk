@@ -18,17 +18,25 @@ rule train:
     threads: run_threads
     resources:
         gpu=run_gpus,
+        gres=run_gres,
+        nodes=run_nodes,
+        tasks=run_tasks,
+        mpi=run_launched_by,
+        mem_mb=run_mem_mb,
+        runtime=run_runtime,
+        attempts_left=attempts_left,
         timed_run=1,
     params:
         spec=training_spec,
         device=device,
     # The work folder is no output: it must survive a kill, and Snakemake removes the outputs of a killed job.
     # The ceilings are no input: measuring one (tunemap ceiling) is no reason to train again.
+    # A shell would die of the signals that ask the launcher for a checkpoint, so it makes way for it (exec).
     shell:
-        "python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        "exec python {input.code[0]} --spec {params.spec:q} --device {params.device}"
         " --model {input.model} --dataset {input.dataset} --tokens {input.tokens}"
         " --work results/{wildcards.study}/unfinished/{wildcards.run}"
-        " --ceilings results/shared/ceilings.json"
+        " --ceilings results/shared/ceilings.json --attempts-left {resources.attempts_left}"
         " --weights {output.weights} --steps {output.steps} --outcome {output.outcome} >{log} 2>&1"
 
 
@@ -49,11 +57,12 @@ rule evaluate:
     threads: evaluation_threads
     resources:
         gpu=evaluation_gpus,
+        mem_mb=evaluation_mem_mb,
     params:
         spec=evaluation_spec,
         device=device,
     shell:
-        "python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        "HF_HUB_OFFLINE=1 python {input.code[0]} --spec {params.spec:q} --device {params.device}"
         " --model {input.model} --tokens {input.tokens}"
         " --outcome {input.outcome} --weights {input.weights}"
         " --work results/{wildcards.study}/unfinished/{wildcards.run}"

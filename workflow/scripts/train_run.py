@@ -24,9 +24,12 @@ def main() -> int:
     }.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=meaning)
     parser.add_argument("--ceilings", type=Path, help="json file of `tunemap ceiling`, read if it is there")
+    parser.add_argument(
+        "--attempts-left", type=int, default=0, help="how often this is started again if host memory runs out"
+    )
     values = vars(parser.parse_args())
-    run, device = Run.from_json(values.pop("spec")), values.pop("device")
-    return launch(run, Paths(**values), device=device)
+    run, device, attempts_left = (values.pop(name) for name in ("spec", "device", "attempts_left"))
+    return launch(Run.from_json(run), Paths(**values), device=device, attempts_left=attempts_left)
 
 
 if __name__ == "__main__":

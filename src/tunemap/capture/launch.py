@@ -14,7 +14,7 @@ from tunemap.run import Run
 from tunemap.training import parent
 from tunemap.training.devices import lease_devices
 from tunemap.training.failure import Failure, describe, how_it_ended, read_failures
-from tunemap.training.launch import end_group, worker_environment
+from tunemap.training.launch import end_group, torchrun_command, worker_environment
 
 LIMIT_S = 1800.0
 RUN_FILE = "run.json"
@@ -50,7 +50,7 @@ def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path,
 def _run_workers(run: Run, model: Path, tokens: Path, folder: Path, device: str) -> Failure | None:
     write_json(folder / RUN_FILE, run.training_spec())
     try:
-        with lease_devices(device, run.factors.gpus) as devices:
+        with lease_devices(device, run.factors.gpus // run.factors.nodes) as devices:
             command = _command(run, model, tokens, folder, devices.kind)
             environment = worker_environment(run, devices) | {parent.VARIABLE: "1"}
             process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -73,8 +73,7 @@ def _command(run: Run, model: Path, tokens: Path, folder: Path, device: str) -> 
     worker += ["--model", str(model), "--tokens", str(tokens), "--folder", str(folder)]
     if run.factors.strategy == "single":
         return [sys.executable, *worker]
-    torchrun = ["-m", "tunemap.training.torchrun", str(folder), "--standalone"]
-    return [sys.executable, *torchrun, f"--nproc-per-node={run.factors.gpus}", *worker]
+    return [*torchrun_command(run, folder), *worker]
 
 
 def _against(unprofiled_step_s: float | None, folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+STOP = "stop"  # the file by which the launcher asks the ranks for a checkpoint and an end
 PHASES = ("data", "forward", "backward", "optimizer", "window")  # of a step, in order; window: reading losses, saving
 
 

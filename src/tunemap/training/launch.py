@@ -9,13 +9,15 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,18 @@ from tunemap.measure.flops import utilisation
 from tunemap.run import Run
 from tunemap.training import finished, parent, steps
 from tunemap.training.devices import Devices, lease_devices
-from tunemap.training.failure import Failure, describe, how_it_ended, read_failures
-from tunemap.training.heartbeat import Watchdog
+from tunemap.training.failure import Failure, UnsupportedRunError, describe, how_it_ended, read_failures
+from tunemap.training.heartbeat import STOP, Watchdog
+from tunemap.training.hostmemory import oom_kills
+from tunemap.training.lease import hold
 
 GRACE_SECONDS = 10.0  # between asking processes to end and ending them
 POLL_SECONDS = 0.05
 # While training: longer than any step, reading of losses or checkpoint should take. Compilation counts as a step.
 STALL_LIMIT_S = 600.0
 END_LIMIT_S = 60.0  # between the result of a run and the end of its processes
+STOP_LIMIT_S = 100.0  # between the first signal to stop and the checkpoint; a scheduler warns 120 s before its limit
+TRY_AGAIN = os.EX_TEMPFAIL  # exit code where another attempt, with more memory, may help
 
 
 @dataclass(frozen=True)
@@ -66,22 +72,32 @@ class Paths:
 
 
 class StoppedError(Exception):
-    """Somebody asked the launcher to stop (Ctrl-C, scancel); there is no outcome, and the checkpoint stays."""
+    """Somebody asked for a stop (Ctrl-C, scancel, a time limit that is near); no outcome, and the checkpoint stays."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
 
 
-def launch(run: Run, paths: Paths, *, device: str) -> int:
+class HostMemoryError(Exception):
+    """The kernel ended a process of the run for want of host memory, of which the next attempt gets more."""
+
+
+def launch(run: Run, paths: Paths, *, device: str, attempts_left: int = 0) -> int:
     """Train `run` and write its outcome; returns the exit code.
 
     The exit code is 0 whenever there is an outcome, also a bad one: a run that does not fit is a result. It is
-    128 + N if signal N stopped the launcher.
+    128 + N if signal N stopped the launcher, and TRY_AGAIN if host memory ran out and `attempts_left` is not 0.
+
+    Raises UserError if somebody else is training this run.
     """
+    with hold(paths.work, run.id):
+        return _launch(run, paths, device, attempts_left)
+
+
+def _launch(run: Run, paths: Paths, device: str, attempts_left: int) -> int:
     started_at = datetime.now(UTC)
     started = time.monotonic()
-    paths.work.mkdir(parents=True, exist_ok=True)
     key = finished.key_of(run, paths.inputs)
     if (known := finished.hand_over(paths.work, key, **paths.results)) is not None:
         print(f"this run has ended before ({_in_words(known)}); its results were kept and are taken over", flush=True)
@@ -95,12 +111,16 @@ def launch(run: Run, paths: Paths, *, device: str) -> int:
     ended: Ended | None = None
     try:
         if not run.is_base:
-            with lease_devices(device, run.factors.gpus) as devices:
-                ended = _train(run, paths, devices)
+            with lease_devices(device, run.factors.gpus // run.factors.nodes) as devices:
+                ended = _train(run, paths, devices, attempts_left)
     except StoppedError as stopped:
         print(f"stopped by {stopped}; the next start resumes from the last checkpoint", flush=True)
         paths.outcome.unlink(missing_ok=True)
         return 128 + stopped.signal_number
+    except HostMemoryError as error:
+        print(f"{error}; {attempts_left} more attempts, with more memory", flush=True)
+        paths.outcome.unlink(missing_ok=True)
+        return TRY_AGAIN
     except Exception as error:
         ended = Ended(describe(error, rank=0, phase="start", step=None))
     outcome = _described(run, paths, ended)
@@ -130,39 +150,52 @@ class Ended:
     started_at: float = 0.0  # of the first process, Unix time
 
 
-_OF_ONE_START = ("result.json", "progress.json", "environment.json")
+RESULT = "result.json"
+_OF_ONE_START = (RESULT, "progress.json", "environment.json", STOP)
 _UNFINISHED = Failure("error", "the launcher was killed before it could say how the run ended", 0, None, None, None)
 
 
-def _train(run: Run, paths: Paths, devices: Devices) -> Ended:
-    """Run the workers to their end."""
+def _train(run: Run, paths: Paths, devices: Devices, attempts_left: int = 0) -> Ended:
+    """Run the workers to their end.
+
+    Raises StoppedError or HostMemoryError where they came to none.
+    """
     run_file = paths.work / "run.json"
     write_json(run_file, run.training_spec())
     limit = run.factors.time_limit_minutes
-    started, started_at = time.monotonic(), time.time()
+    started, started_at, kills = time.monotonic(), time.time(), oom_kills()
     process = subprocess.Popen(
         _command(run, paths, run_file, devices.kind),
         env=worker_environment(run, devices) | {parent.VARIABLE: "1"},
         start_new_session=True,  # one group to end, however many ranks and helpers there are
     )
     try:
-        with _signals_as_exceptions():
-            overdue = _wait(process, paths.work, limit)
+        with _signals(paths.work) as stop:
+            overdue = _wait(process, paths.work, limit, stop)
         wall_s = time.monotonic() - started
         lingering = process.poll() is None
     finally:
         end_group(process)
     code = 0 if lingering else process.returncode  # one that lingers over a finished run is ended from here
-    return Ended(overdue or _failure(paths.work, code), wall_s, started_at)
+    if stop.signal_number is not None and not (paths.work / RESULT).exists():
+        raise StoppedError(stop.signal_number)
+    failure = overdue or _failure(paths.work, code)
+    if failure and "SIGKILL" in failure.reason and oom_kills() > kills:
+        failure = replace(failure, outcome="oom", reason="host memory: the system ended a process for want of it")
+        if attempts_left > 0:
+            raise HostMemoryError(failure.reason)
+    return Ended(failure, wall_s, started_at)
 
 
 def _failure(work: Path, code: int | None) -> Failure | None:
     """Why the workers did not finish; None if they did."""
     progress = _progress(work)
     place = progress.get("phase"), progress.get("step")
-    if code == 0 and (work / "result.json").exists():
+    if code == 0 and (work / RESULT).exists():
         return None
     failures = read_failures(work)
+    if not failures and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        raise StoppedError(signal.SIGTERM)  # sent to all processes of a job, and the workers heard it first
     return failures[0] if failures else Failure("error", how_it_ended(code), 0, *place, None)
 
 
@@ -175,9 +208,34 @@ def _command(run: Run, paths: Paths, run_file: Path, device: str) -> list[str]:
         worker += ["--ceilings", str(paths.ceilings)]
     if run.factors.strategy == "single":
         return [sys.executable, *worker]
-    # --standalone picks a free port, so several runs on one host do not meet.
-    torchrun = ["-m", "tunemap.training.torchrun", str(paths.work)]
-    return [sys.executable, *torchrun, "--standalone", f"--nproc-per-node={run.factors.gpus}", *worker]
+    return [*torchrun_command(run, paths.work), *worker]
+
+
+def torchrun_command(run: Run, work: Path) -> list[str]:
+    """What starts a process per device of `run`; the command line of a process is appended to it.
+
+    Over several nodes, srun starts a torchrun on each node of the job that this process is in.
+
+    Raises UnsupportedRunError where there is no such job.
+    """
+    nodes, torchrun = run.factors.nodes, [sys.executable, "-m", "tunemap.training.torchrun", str(work)]
+    per_node = run.factors.gpus // nodes
+    if nodes == 1:  # --standalone picks a free port, so several runs on one host do not meet
+        return [*torchrun, "--standalone", f"--nproc-per-node={per_node}"]
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or shutil.which("srun") is None:
+        raise UnsupportedRunError(f"nodes is {nodes}, which needs Slurm: snakemake --profile slurm")
+    cores = per_node * run.factors.threads_per_process
+    srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cores}"]
+    # The nodes meet at the first of them, which this process is on.
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={socket.gethostname()}:{_free_port()}", f"--rdzv-id={job}"]
+    return [*srun, "--kill-on-bad-exit=1", *torchrun, f"--nnodes={nodes}", f"--nproc-per-node={per_node}", *meeting]
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return int(one.getsockname()[1])
 
 
 def worker_environment(run: Run, devices: Devices) -> dict[str, str]:
@@ -197,15 +255,28 @@ def worker_environment(run: Run, devices: Devices) -> dict[str, str]:
     return environment
 
 
-def _wait(process: subprocess.Popen[bytes], work: Path, limit_minutes: float | None) -> Failure | None:
+@dataclass
+class Stop:
+    """Whether and when somebody asked the launcher to stop."""
+
+    signal_number: int | None = None
+    asked_at: float = 0.0
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the checkpoint has had its time."""
+        return self.signal_number is not None and time.monotonic() - self.asked_at > STOP_LIMIT_S
+
+
+def _wait(process: subprocess.Popen[bytes], work: Path, limit_minutes: float | None, stop: Stop) -> Failure | None:
     """Wait for the end of the process; a failure if a limit came first: that of the run, or that on standing still.
 
     Returns too when the result is written and a process does not end: everything is on disk, nothing is lost.
     """
     deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
     watchdog, written_at = Watchdog(work, STALL_LIMIT_S), None
-    while process.poll() is None:
-        if written_at is None and (work / "result.json").exists():
+    while process.poll() is None and not stop.overdue:
+        if written_at is None and (work / RESULT).exists():
             written_at = time.monotonic()
         if written_at is not None and time.monotonic() - written_at > END_LIMIT_S:
             print(f"a process has not ended {END_LIMIT_S:g} s after the result was written: ending it", flush=True)
@@ -245,13 +316,26 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 
 
 @contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    def stop(signal_number: int, frame: object) -> None:
-        raise StoppedError(signal_number)
+def _signals(work: Path) -> Iterator[Stop]:
+    """Turn signals into a stop: the first asks the workers for a checkpoint, if they train; the second ends them."""
+    stop = Stop()
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    def handle(signal_number: int, frame: object) -> None:
+        if stop.signal_number is not None and signal_number != signal.SIGURG:
+            raise StoppedError(signal_number)
+        if _progress(work).get("phase") != "train":
+            raise StoppedError(signal_number)
+        if stop.signal_number is None:
+            stop.signal_number, stop.asked_at = signal_number, time.monotonic()
+            name = signal.Signals(signal_number).name
+            print(f"{name}: stopping after a checkpoint, at the end of the logging window", flush=True)
+            (work / STOP).touch()
+
+    # SIGURG is how a scheduler says that its time limit is near: whoever does not know of it ignores it.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGURG)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

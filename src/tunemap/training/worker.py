@@ -26,7 +26,7 @@ from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, trippe
 from tunemap.measure.clock import PartsTimer, process_age_s
 from tunemap.run import Run
 from tunemap.training.failure import InvalidRunError, describe, write_failure
-from tunemap.training.heartbeat import Heartbeat
+from tunemap.training.heartbeat import STOP, Heartbeat
 from tunemap.training.parent import end_with_parent
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a broken one must still end in an outcome
@@ -63,6 +63,8 @@ def main() -> None:
     progress = Progress(job.work, is_main=rank == 0)
     try:
         _train(job, progress)
+    except _StoppedError as stopped:
+        print(f"stopped after the checkpoint of step {stopped}", flush=True)
     except Exception as error:
         write_failure(job.work, describe(error, rank=rank, phase=progress.phase, step=progress.step))
         traceback.print_exc()
@@ -71,6 +73,10 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # everything is on disk; tearing the interpreter down would cost most of a second
+
+
+class _StoppedError(Exception):
+    """The launcher asked for an end, and the checkpoint is written."""
 
 
 class Progress:
@@ -225,10 +231,13 @@ def _run_loop(
         every, window = factors.checkpoint_steps, factors.logging_steps
         late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
         due = state.step // every > (state.step - window) // every if every else late
-        if state.step < schedule.steps and world.sum(float(due)) > 0:
+        stopping = (job.work / STOP).exists()
+        if state.step < schedule.steps and world.sum(float(due or stopping)) > 0:
             with parts.part("checkpoint"):
                 checkpoint.save(job.work, state, world, digest=job.run.training_digest, strategy=factors.strategy)
             saved_at = time.monotonic()
+            if world.sum(float(stopping)) > 0:
+                raise _StoppedError(state.step)
 
     loop = Loop(
         factors=factors,

@@ -414,6 +414,8 @@ def reasons_against(run: Run) -> list[str]:
     return [*reasons, *_method_reasons(run)]
 
 
+FRUGAL = ("galore_adamw", "lomo", "adalomo")
+IN_BACKWARD = ("lomo", "adalomo")
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")  # peft drops position ids for them
 
 
@@ -453,5 +455,3 @@ def _optimizer_reasons(run: Run) -> Iterator[str]:
         yield f"{because}, before the norm of all gradients is known; use max_grad_norm null"
     if factors.precision == "fp16":
         yield f"{because}, before fp16's gradient scaler has looked at it; use bf16, pure_bf16 or fp32"
-FRUGAL = ("galore_adamw", "lomo", "adalomo")
-IN_BACKWARD = ("lomo", "adalomo")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from tunemap.errors import UserError
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` under a temporary name in the same folder, sync it to disk, then rename it to `path`."""
-    data = content.encode() if isinstance(content, str) else content
+    write_atomic_chunks(path, [content])
+
+
+def write_atomic_chunks(path: Path, chunks: Iterable[str | bytes]) -> None:
+    """The same for a content that is made piece by piece and never held as a whole; text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk.encode() if isinstance(chunk, str) else chunk)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -252,3 +252,9 @@ def tables_plan(wildcards):
 
 def report_plan(wildcards):
     return PLAN.report_file
+
+
+def study_file(wildcards):
+    """The file that was given, for the commands which the report prints."""
+    given = workflow.config_settings.configfiles or ["config/config.yaml"]
+    return os.path.relpath(given[-1])

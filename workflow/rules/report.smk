@@ -84,6 +84,7 @@ rule write_report:
         "../../envs/report.yaml"
     params:
         plan=report_plan,
+        study_file=study_file,
     shell:
         "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
-        " --output {output} >{log} 2>&1"
+        " --logs logs/{wildcards.study} --study-file {params.study_file:q} --output {output} >{log} 2>&1"

@@ -19,6 +19,7 @@ LONGEST_OPERATORS = 5
 class Captured:
     """One captured run, per step and device: `wall_ms` by (phase, category) adds up to the busy part of the window."""
 
+    run: str
     point: str
     wall_ms: dict[tuple[str, str], float]
     idle_ms: float
@@ -40,11 +41,11 @@ def read_captures(facts_dir: Path, labels: dict[str, str]) -> list[Captured]:
     for run, point in labels.items():
         folder = facts_dir / run
         if (folder / "summary.json").exists():
-            captures.append(_read(folder, point))
+            captures.append(_read(folder, run, point))
     return captures
 
 
-def _read(folder: Path, point: str) -> Captured:
+def _read(folder: Path, run: str, point: str) -> Captured:
     described, summary = read_json(folder / "capture.json"), read_json(folder / "summary.json")
     devices = len(summary["devices"])
     if not devices:
@@ -56,6 +57,7 @@ def _read(folder: Path, point: str) -> Captured:
     kernels = pd.read_csv(folder / "kernels.csv").groupby("short_name")["wall_ns"].sum().nlargest(LONGEST_OPERATORS)
     busy_ms = sum(wall_ms.values())
     return Captured(
+        run=run,
         point=point,
         wall_ms=dict(wall_ms),
         idle_ms=sum(device["idle_ns"] for device in summary["devices"]) / per_step_ms,

@@ -1,6 +1,6 @@
 """The figures of a study, drawn from its tables: the same tables give the same bytes.
 
-    figures/EXPERIMENT-tradeoff | accuracy | throughput | memory | loss | step | ranks .svg .pdf .png
+    figures/EXPERIMENT-tradeoff | accuracy | throughput | memory | loss | waterfall | step | ranks .svg .pdf .png
     figures/figures.json        title, caption and alternative text of each, for the report
 
 A method has one colour in all figures of a study. Runs that failed are marked where their number would stand.
@@ -26,6 +26,7 @@ from tunemap.report.rank_map import draw_ranks
 from tunemap.report.scene import Scene, scenes
 from tunemap.report.step_figure import draw_step
 from tunemap.report.tradeoff_figure import draw_tradeoff
+from tunemap.report.waterfall_figure import draw_waterfall
 
 STYLE = Path(__file__).with_name("tunemap.mplstyle")
 FORMATS: dict[str, dict[str, Any]] = {  # no dates, so that equal input gives equal files
@@ -73,6 +74,7 @@ KINDS: dict[str, tuple[Callable[[Scene], tuple[Figure, str, str] | None], str]] 
     "throughput": (draw_throughput, "Throughput"),
     "memory": (draw_memory, "Peak memory"),
     "loss": (draw_loss, "Loss"),
+    "waterfall": (draw_waterfall, "From the baseline, part by part"),
     "step": (draw_step, "Where a step goes"),
     "ranks": (lambda scene: draw_ranks(scene.ranks), "Ranks and importances by layer"),
 }

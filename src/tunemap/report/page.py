@@ -1,11 +1,13 @@
 """The report of a study as one HTML file that opens offline: the answer first, then what it rests on.
 
-Everything in it comes from the tables and figures; nothing is fetched, nothing is computed here but sentences.
+Everything in it comes from tables, figures, facts and logs; nothing is fetched, nothing is computed here but
+sentences. The page is written as it is made, so that memory grows with the tables and not with the page.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,80 +16,127 @@ import jinja2
 from markupsafe import Markup
 
 from tunemap.collect import read_tables, write_tables
-from tunemap.files import read_json, write_atomic
+from tunemap.files import read_json, write_atomic_chunks
 from tunemap.report import words
+from tunemap.report.cards import (
+    POINT_RUN_COLUMNS,
+    RunContext,
+    point_card_ids,
+    point_cards,
+    run_card_id,
+    run_cards,
+    study_command,
+)
 from tunemap.report.definitions import DEFINITIONS
+from tunemap.report.extras import CALIBRATION, PUBLISHED, read_calibration, read_published, scaling_cells, windows
 from tunemap.report.figures import write_figures
-from tunemap.report.formats import p_text, records, signed
-from tunemap.report.scene import AXIS, GRID, INK, OUTCOME_WORDS, PAPER
+from tunemap.report.formats import records
+from tunemap.report.map_data import map_data
+from tunemap.report.scene import AXIS, GRID, INK, PAPER, Scene, outcome_word, scenes
+from tunemap.report.sections import section
 
 Row = dict[str, Any]
 PAGE_COLOURS = {INK: "currentColor", AXIS: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
+WHY = ("waterfall", "step", "ranks")  # figures that explain; the others stand with their experiment
+WINDOW_COLUMNS = ("Capture", "Window, ms", "Compute, %", "Exposed communication, %", "Exposed copies, %", "Idle, %")
 
 
 def build_report(plan_path: Path, results_dir: Path, output: Path) -> None:
     """From result files to the page: tables, figures and report of results/STUDY."""
     write_tables(plan_path, results_dir)
     write_figures(results_dir / "tables", results_dir / "figures", plan_path)
-    write_report(plan_path, results_dir / "tables", results_dir / "figures", output)
+    write_report(plan_path, results_dir, output)
 
 
-def write_report(plan_path: Path, tables_dir: Path, figures_dir: Path, output: Path) -> None:
-    """Write the page from tables and figures that were made before."""
-    plan, tables = read_json(plan_path), read_tables(tables_dir)
+def write_report(
+    plan_path: Path,
+    results_dir: Path,
+    output: Path,
+    *,
+    logs_dir: Path | None = None,
+    study_file: str | None = None,
+) -> None:
+    """Write the page from tables and figures that were made before.
+
+    `logs_dir` holds `train/RUN.log`; `study_file` is what the commands of the page name after --configfile.
+    """
+    plan, tables = read_json(plan_path), read_tables(results_dir / "tables")
+    drawn = scenes(plan, tables, results_dir / "facts")
     points, comparisons, runs = records(tables.points), records(tables.comparisons), records(tables.runs)
     gates = records(tables.gates)
-    figures = [_figure(figures_dir, drawing) for drawing in read_json(figures_dir / "figures.json")]
+    cards = point_card_ids(drawn)
+    pictures = [_figure(results_dir / "figures", one) for one in read_json(results_dir / "figures" / "figures.json")]
     main = words.main_experiment(plan)["name"]
+    tripped = _tripped(gates, cards)
+    context = RunContext(plan["study"], plan["runs"], _baseline_runs(drawn), _by_subject(gates), logs_dir, study_file)
     folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     report = plan["report"]
-    html = environment.get_template("template.html.j2").render(
-        style=Markup((folder / "style.css").read_text()),
-        study=plan["study"],
-        title=report.get("title") or plan["study"],
-        introduction=report.get("introduction"),
-        answers=words.answers(_of(points, main), _of(comparisons, main)),
-        main=main,
-        map=next((figure for figure in figures if (figure.experiment, figure.kind) == (main, "tradeoff")), None),
-        sections=[
-            _section(experiment, _of(points, experiment["name"]), _of(comparisons, experiment["name"]), figures, main)
-            for experiment in plan["experiments"]
-        ],
-        run_count=len(runs),
-        ok_count=sum(run["outcome"] == "ok" for run in runs),
-        scaling=[scaling_cells(row) for row in records(tables.scaling)],
-        failed=[run | {"word": OUTCOME_WORDS.get(run["outcome"], run["outcome"])} for run in runs if _failed(run)],
-        tripped=[gate for gate in gates if gate["passed"] in (False, "False")],
-        gate_count=len(gates),
-        definitions={key: one for key, one in DEFINITIONS.items() if any(run.get(key) is not None for run in runs)},
-        environment=records(tables.environment),
+    chunks = (
+        _environment()
+        .get_template("template.html.j2")
+        .generate(
+            style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+            script=Markup((folder / "map.js").read_text(encoding="utf-8")),
+            study=plan["study"],
+            title=report.get("title") or plan["study"],
+            introduction=report.get("introduction"),
+            device=_most_common([point["device"] for point in points if point["experiment"] == main]),
+            answers=words.answers(_of(points, main), _of(comparisons, main)),
+            main=main,
+            has_map=any(point["peak_allocated_bytes"] is not None for point in points),
+            map=next((one for one in pictures if (one.experiment, one.kind) == (main, "tradeoff")), None),
+            map_data=map_data(drawn, cards, main),
+            sections=[
+                section(one, _of(points, one["name"]), _of(comparisons, one["name"]), cards[one["name"]])
+                for one in plan["experiments"]
+            ],
+            figures={
+                one["name"]: [
+                    figure
+                    for figure in pictures
+                    if figure.experiment == one["name"]
+                    and figure.kind not in WHY
+                    and (figure.kind, figure.experiment) != ("tradeoff", main)
+                ]
+                for one in plan["experiments"]
+            },
+            why=[
+                (one["name"], found)
+                for one in plan["experiments"]
+                if (found := [fig for fig in pictures if fig.experiment == one["name"] and fig.kind in WHY])
+            ],
+            windows=windows(results_dir / "facts", drawn),
+            window_columns=WINDOW_COLUMNS,
+            scaling=[scaling_cells(row) for row in records(tables.scaling)],
+            calibration=read_calibration([results_dir / CALIBRATION, results_dir.parent / CALIBRATION], plan["runs"]),
+            published=read_published(results_dir / "tables" / PUBLISHED),
+            failed=[run | {"word": outcome_word(run["outcome"])} for run in runs if _failed(run)],
+            tripped=tripped,
+            fatal_gates=[gate for gate in tripped if gate["is_fatal"]],
+            warnings=[gate for gate in tripped if not gate["is_fatal"]],
+            gate_count=len(gates),
+            definitions={key: one for key, one in DEFINITIONS.items() if any(run.get(key) is not None for run in runs)},
+            environment=records(tables.environment),
+            study_command=study_command(study_file),
+            run_count=len(runs),
+            ok_count=sum(run["outcome"] == "ok" for run in runs),
+            runs=(_index_row(run) for run in runs),
+            point_run_columns=POINT_RUN_COLUMNS,
+            point_cards=(card for scene in drawn for card in point_cards(scene, cards[scene.name], plan["runs"])),
+            run_cards=run_cards(runs, results_dir / "tables" / "losses.csv", context),
+        )
     )
-    write_atomic(output, html)
+    write_atomic_chunks(output, chunks)
 
 
-def scaling_cells(row: Row) -> list[str]:
-    """One row of the scaling table as text."""
-
-    def interval(name: str, digits: int, factor: float = 1.0) -> str:
-        value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
-        if value is None:
-            return row["reason"] or "—"
-        middle = f"{value * factor:.{digits}f}"
-        return middle if low is None else f"{middle} ({low * factor:.{digits}f} to {high * factor:.{digits}f})"
-
-    sent, peak = row["communication_bytes_per_step"], row["peak_allocated_bytes"]
-    return [
-        f"{row['mode']}: {row['method']} · {row['strategy']}",
-        f"{row['gpus']}",
-        "—" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
-        interval("speed_up", 2),
-        interval("efficiency", 0, 100),
-        "—" if peak is None else f"{peak / 2**20:,.1f}",
-        "—" if sent is None else f"{sent / 2**20:,.2f}",
-    ]
+def _environment() -> jinja2.Environment:
+    """Every text that comes from data is escaped: only Markup made here is not."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
 
 
 def _of(rows: list[Row], experiment: str) -> list[Row]:
@@ -96,6 +145,57 @@ def _of(rows: list[Row], experiment: str) -> list[Row]:
 
 def _failed(run: Row) -> bool:
     return run["outcome"] != "ok" or run["evaluation_outcome"] not in ("ok", "skipped")
+
+
+def _most_common(values: list[str | None]) -> str | None:
+    counts = Counter(value for value in values if value)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _tripped(gates: list[Row], cards: dict[str, dict[str, str]]) -> list[Row]:
+    """Gates that did not pass, fatal ones first, each with the card of its run or point."""
+    tripped = []
+    for gate in gates:
+        if gate["passed"] in (True, "True"):
+            continue
+        of_run = gate["scope"] == "run"
+        card = run_card_id(gate["subject"]) if of_run else cards.get(gate["experiment"], {}).get(gate["subject"], "")
+        tripped.append(gate | {"is_fatal": gate["fatal"] in (True, "True") and of_run, "card": card})
+    return sorted(tripped, key=lambda gate: not gate["is_fatal"])
+
+
+def _by_subject(gates: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for gate in gates:
+        if gate["scope"] == "run":
+            found.setdefault(gate["subject"], []).append(gate)
+    return found
+
+
+def _baseline_runs(drawn: list[Scene]) -> dict[str, str]:
+    """For each run, the run of its experiment's baseline that has the same seed; first experiment first."""
+    found: dict[str, str] = {}
+    for scene in drawn:
+        runs = records(scene.runs)
+        seeds = {(run["model"], run["dataset"], run["point"], run["seed"]): run["run"] for run in runs}
+        for run in runs:
+            label = scene.baselines.get((run["model"], run["dataset"]))
+            baseline = seeds.get((run["model"], run["dataset"], label, run["seed"]))
+            if baseline is not None and run["method_kind"] != "base":
+                found.setdefault(run["run"], baseline)
+    return found
+
+
+def _index_row(run: Row) -> Row:
+    """A line of the list of all runs."""
+    cells = [
+        outcome_word(run["outcome"]),
+        "—" if run["accuracy"] is None else f"{100 * run['accuracy']:.1f}",
+        "—" if run["tokens_per_second"] is None else f"{run['tokens_per_second']:,.0f}",
+        "—" if run["peak_allocated_bytes"] is None else f"{run['peak_allocated_bytes'] / 2**20:,.1f}",
+        "—" if run["train_loss"] is None else f"{run['train_loss']:.4f}",
+    ]
+    return {"card": run_card_id(run["run"]), "run": run["run"], "outcome": run["outcome"], "cells": cells}
 
 
 # --- figures ----------------------------------------------------------------------------------------------
@@ -113,7 +213,7 @@ class Picture:
 
 
 def _figure(figures_dir: Path, drawing: dict[str, str]) -> Picture:
-    svg = (figures_dir / f"{drawing['name']}.svg").read_text()
+    svg = (figures_dir / f"{drawing['name']}.svg").read_text(encoding="utf-8")
     return Picture(
         drawing["experiment"],
         drawing["kind"],
@@ -123,10 +223,20 @@ def _figure(figures_dir: Path, drawing: dict[str, str]) -> Picture:
     )
 
 
+PATH_DATA = re.compile(r' d="[^"]*"')
+LONG_NUMBER = re.compile(r"(\d+\.\d)\d+")
+
+
 def inline(svg: str, name: str, alt: str) -> Markup:
-    """An SVG file for use inside a page: its own ids, the page's greys, a text for readers who do not see it."""
+    """An SVG file for use inside a page: its own ids, the page's greys, a text for readers who do not see it.
+
+    Paths keep a tenth of a point or of a unit of a font, which no screen shows; that halves the page.
+    """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    body = PATH_DATA.sub(lambda found: LONG_NUMBER.sub(r"\1", found.group()).replace("\n", " "), body)
+    body = re.sub(r">\s+<", "><", body)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
     for colour, replacement in PAGE_COLOURS.items():
         body = body.replace(colour, replacement)
@@ -137,111 +247,3 @@ def inline(svg: str, name: str, alt: str) -> Markup:
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box.group()} '
         f'role="img" aria-label="{Markup.escape(alt)}">{rest}'
     )
-
-
-# --- sections ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Section:
-    """An experiment in the page."""
-
-    name: str
-    question: str
-    vary: str
-    verdict: str
-    columns: list[str]
-    rows: list[list[Cell]]
-    caveats: list[str]
-    figures: list[Picture]
-
-
-def _section(
-    experiment: dict[str, Any], points: list[Row], comparisons: list[Row], figures: list[Picture], main: str
-) -> Section:
-    by_label = {(row["model"], row["dataset"], row["point"]): row for row in comparisons}
-    places = len({(point["model"], point["dataset"]) for point in points})
-    rows = [_cells(point, by_label.get((point["model"], point["dataset"], point["point"]))) for point in points]
-    caveats: dict[str, list[str]] = {}
-    for row in comparisons:
-        for caveat in filter(None, [row["caveat"], f"not compared: {row['refused']}" if row["refused"] else None]):
-            caveats.setdefault(caveat, []).append(row["point"])
-    return Section(
-        name=experiment["name"],
-        question=experiment["question"],
-        vary=", ".join(experiment["vary"]) or "nothing",
-        verdict=words.verdict([row for row in comparisons if by_label and not _is_base(points, row)])
-        + (" Points are compared within each model and dataset." if places > 1 else ""),
-        columns=COLUMNS,
-        rows=rows,
-        caveats=[f"{', '.join(names)}: {caveat}." for caveat, names in caveats.items()],
-        figures=[
-            one
-            for one in figures
-            if one.experiment == experiment["name"] and (one.kind, one.experiment) != ("tradeoff", main)
-        ],
-    )
-
-
-def _is_base(points: list[Row], comparison: Row) -> bool:
-    return any(point["point"] == comparison["point"] and point["method_kind"] == "base" for point in points)
-
-
-COLUMNS = [
-    "Point",
-    "Runs ok",
-    "Accuracy, %",
-    "Throughput, tokens/s",
-    "Peak memory, MiB",
-    "Loss",
-    "Trainable parameters",
-    "Pareto front",
-]
-Cell = tuple[str, str]  # a value, and below it how it compares with the baseline
-
-
-def _cells(point: Row, comparison: Row | None) -> list[Cell]:
-    """One row of an experiment's table; an em dash is a value that does not exist."""
-    compared = comparison if comparison and not comparison["refused"] else {}
-    is_baseline = comparison is None and point["method_kind"] != "base"
-    accuracy = words.accuracy_text(point).replace(" %", "")
-    cells = [
-        (point["point"], "baseline" if is_baseline else ""),
-        (f"{point['seeds']} of {point['runs']}", ""),
-        (accuracy, _difference(compared)),
-        (_with_interval(point, "tokens_per_second", 1, 0), _ratio(compared, "throughput")),
-        (_with_interval(point, "peak_allocated_bytes", 2**-20, 1), _ratio(compared, "memory")),
-        ("" if point["train_loss"] is None else f"{point['train_loss']:.3g}", ""),
-        ("" if point["trainable_parameters"] is None else f"{point['trainable_parameters']:,.0f}", ""),
-        (point["front"] or "", ""),
-    ]
-    return [(value or "—", below) for value, below in cells]
-
-
-def _difference(row: Row) -> str:
-    if row.get("accuracy_difference") is None:
-        return ""
-    low, high = signed(100 * row["accuracy_difference_low"]), signed(100 * row["accuracy_difference_high"])
-    test = f", p {p_text(row['accuracy_p_holm'])}" if row["accuracy_p_holm"] is not None else ""
-    return f"{signed(100 * row['accuracy_difference'])} ({low} to {high}): {row['accuracy_verdict']}{test}"
-
-
-def _ratio(row: Row, measure: str) -> str:
-    ratio, low, high = (row.get(f"{measure}_ratio{suffix}") for suffix in ("", "_low", "_high"))
-    if ratio is None:
-        return ""
-    text = f"{ratio:.2f}×"
-    if low is not None and high is not None and low != high:
-        text += f" ({low:.2f} to {high:.2f})"
-    verdict = row.get(f"{measure}_verdict")
-    return f"{text}: {verdict}" if verdict else text
-
-
-def _with_interval(point: Row, name: str, factor: float, digits: int) -> str:
-    if point[name] is None:
-        return ""
-    text = f"{point[name] * factor:,.{digits}f}"
-    low, high = point[f"{name}_low"], point[f"{name}_high"]
-    if low is None or low == high:
-        return text
-    return f"{text} ({low * factor:,.{digits}f} to {high * factor:,.{digits}f})"

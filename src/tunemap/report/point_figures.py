@@ -58,14 +58,14 @@ def _dots(scene: Scene, axes: Axes, points: list[Row], name: str, factor: float)
     for row, point in enumerate(points):
         if point[name] is None:
             continue
-        colour = scene.colours[point["method"]]
+        colour, marker = scene.colours[point["method"]], scene.markers[point["method"]]
         values = pd.to_numeric(single.loc[single["point"] == point["point"], name]).dropna() * factor
         if len(values) > 1:
             axes.plot(values, [row + 0.24] * len(values), "o", color=colour, markersize=2.6, alpha=0.75, mew=0)
         if point[f"{name}_low"] is not None:
             ends = [point[f"{name}_low"] * factor, point[f"{name}_high"] * factor]
             axes.plot(ends, [row, row], "-", color=colour, linewidth=2.2)
-        axes.plot([point[name] * factor], [row], "o", color=colour, markersize=6.5, markeredgecolor=PAPER, mew=0.8)
+        axes.plot([point[name] * factor], [row], marker, color=colour, markersize=6.5, markeredgecolor=PAPER, mew=0.8)
 
 
 def draw_throughput(scene: Scene) -> tuple[Figure, str, str] | None:
@@ -137,7 +137,8 @@ def draw_memory(scene: Scene) -> tuple[Figure, str, str] | None:
         low, high = point["peak_allocated_bytes_low"], point["peak_allocated_bytes_high"]
         if low is not None:
             axes.plot([low / size, high / size], [row, row], "-", color=INK, linewidth=1.4)
-        axes.plot([peak], [row], "o", color=colour, markersize=7, markeredgecolor=PAPER, mew=0.8)
+        marker = scene.markers[point["method"]]
+        axes.plot([peak], [row], marker, color=colour, markersize=7, markeredgecolor=PAPER, mew=0.8)
         axes.annotate(f"{peak:,.1f}", (peak, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xlim(0, 1.14 * max(peaks) / size)
     axes.xaxis.set_major_formatter("{x:,.10g}")

@@ -23,8 +23,14 @@ POINT_MEASURES = (  # mean over seeds with t interval
     "train_time_s",
     "peak_allocated_bytes",
     "train_loss",
+    "energy_per_10k_tokens_joules",
 )
 POINT_MEANS = (  # mean over seeds
+    "step_period_mean_s",
+    "data_time_mean_s",
+    "forward_time_mean_s",
+    "backward_time_mean_s",
+    "optimizer_time_mean_s",
     "peak_reserved_bytes",
     "parameters_bytes",
     "gradients_bytes",
@@ -34,7 +40,7 @@ POINT_MEANS = (  # mean over seeds
     "trainable_parameters",
 )
 POINT_COLUMNS = (
-    *("experiment", "point", "model", "dataset", "method", "method_kind", "rank"),
+    *("experiment", "point", "model", "dataset", "method", "method_kind", "rank", "device"),
     *("runs", "seeds", "outcomes", "reason"),
     *(f"{name}{suffix}" for name in POINT_MEASURES for suffix in ("", "_low", "_high")),
     *POINT_MEANS,
@@ -178,6 +184,7 @@ def point_row(point: Point) -> dict[str, Any]:
         "method": planned["method_name"],
         "method_kind": planned["method"]["kind"],
         "rank": planned["method"].get("rank"),
+        "device": next(filter(None, (device_name(result.environment) for result in point.results)), None),
         "runs": len(point.results),
         "seeds": len(point.ok),
         "outcomes": ";".join(f"{name}:{n}" for name, n in Counter(r.outcome for r in point.results).items()),
@@ -192,6 +199,13 @@ def point_row(point: Point) -> dict[str, Any]:
     row["metric"] = next((result.evaluation.get("metric") for result in point.evaluated), None)
     extra = {key: join_list(value) for key, value in (factors | parameters).items() if key != "method.rank"}
     return {key: blank(value) for key, value in (row | extra).items()}
+
+
+def device_name(environment: dict[str, Any]) -> str | None:
+    """Name of the GPUs that a result was made on, or of the CPU where it used none; None without a fingerprint."""
+    gpus = list(dict.fromkeys(gpu.get("name") for gpu in environment.get("gpus") or []))
+    names = gpus if gpus and environment.get("device") != "cpu" else [(environment.get("cpu") or {}).get("model")]
+    return " + ".join(filter(None, names)) or None
 
 
 def interval_cells(name: str, interval: Interval) -> dict[str, float]:

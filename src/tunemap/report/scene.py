@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import seaborn as sns
 
 from tunemap.collect import Tables
 from tunemap.report.captures import Captured, read_captures
@@ -16,6 +15,10 @@ from tunemap.report.points import Result, points_of
 
 INK, AXIS, GRID, PAPER = "#1b1f24", "#7a828c", "#d5dae0", "#ffffff"  # as in the style file
 BASE_COLOUR = "#7f7f7f"
+# At least 3:1 against white and against the page's dark ground; the first three are far apart for dichromats too.
+# Beyond three no such set exists, so that each method has a marker of its own as well.
+METHOD_COLOURS = ("#0173b2", "#d55e00", "#029e73", "#ac66c4", "#8f7a00", "#3d8fc4", "#c4557c", "#6f7f52")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 FAILURE_COLOUR = "#c0392b"
 WIDTH = 7.2  # inches; the text width of the report and of a double-column page
 OUTCOME_WORDS = {
@@ -30,6 +33,11 @@ OUTCOME_WORDS = {
 Row = dict[str, Any]
 
 
+def outcome_word(outcome: str) -> str:
+    """`oom` as people say it."""
+    return OUTCOME_WORDS.get(outcome, outcome)
+
+
 @dataclass(frozen=True)
 class Scene:
     """One experiment with everything that its figures need."""
@@ -41,6 +49,8 @@ class Scene:
     colours: dict[str, Any]
     captures: list[Captured]
     ranks: pd.DataFrame = field(default_factory=pd.DataFrame)
+    markers: dict[str, str] = field(default_factory=dict)
+    baselines: dict[tuple[str, str], str] = field(default_factory=dict)  # label by model and dataset
 
     @property
     def trained(self) -> list[Row]:
@@ -57,7 +67,10 @@ class Scene:
 
 def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]:
     """The experiments of a plan with their rows of the tables and the facts of their captures."""
-    colours = method_colours(plan)
+    colours, markers = method_colours(plan), method_markers(plan)
+    baselines = {
+        (row["experiment"], row["model"], row["dataset"]): row["baseline"] for row in records(tables.comparisons)
+    }
     all_points, members = records(tables.points), tables.experiments
     drawn = []
     for experiment in plan["experiments"]:
@@ -75,6 +88,8 @@ def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]
                 colours,
                 read_captures(facts_dir, {run: labels[run] for run in experiment.get("captures", [])}),
                 chosen.assign(point=chosen["run"].map(labels)),
+                markers,
+                {(model, dataset): label for (owner, model, dataset), label in baselines.items() if owner == name},
             )
         )
     return drawn
@@ -89,10 +104,17 @@ def point_runs(plan: dict[str, Any], experiment: dict[str, Any]) -> dict[str, li
 def method_colours(plan: dict[str, Any]) -> dict[str, Any]:
     """A colour for each method of a study, in the plan's order, safe for colour-blind readers; the base is grey."""
     kinds = {run["method_name"]: run["method"]["kind"] for run in plan["runs"].values()}
-    palette = [colour for colour in sns.color_palette("colorblind").as_hex() if colour != "#949494"]
     methods = [name for name, kind in kinds.items() if kind != "base"]
-    colours = {name: palette[index % len(palette)] for index, name in enumerate(methods)}
+    colours = {name: METHOD_COLOURS[index % len(METHOD_COLOURS)] for index, name in enumerate(methods)}
     return colours | {name: BASE_COLOUR for name, kind in kinds.items() if kind == "base"}
+
+
+def method_markers(plan: dict[str, Any]) -> dict[str, str]:
+    """A marker for each method of a study, in the plan's order, so that no figure rests on colour alone."""
+    kinds = {run["method_name"]: run["method"]["kind"] for run in plan["runs"].values()}
+    methods = [name for name, kind in kinds.items() if kind != "base"]
+    markers = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(methods)}
+    return markers | {name: "o" for name, kind in kinds.items() if kind == "base"}
 
 
 def failures(point: Row) -> str:

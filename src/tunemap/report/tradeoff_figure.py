@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,8 +69,12 @@ def _draw_map(scene: Scene, axes: Axes, points: list[Row]) -> list[tuple[tuple[f
             if low is not None:
                 ends = [low, high] if place[0] else [low / size, high / size]
                 axes.plot(place[0] or ends, place[1] or ends, "-", color=colour, linewidth=1.2, alpha=0.6)
-        fill = FRONT_FILL.get(point["front"], "left")
-        axes.plot([x], [y], "o", color=colour, markersize=8, fillstyle=fill, markerfacecoloralt=PAPER, mew=1.6)
+        look: dict[str, Any] = {
+            "fillstyle": FRONT_FILL.get(point["front"], "left"),
+            "markerfacecoloralt": PAPER,
+            "mew": 1.6,
+        }
+        axes.plot([x], [y], scene.markers[point["method"]], color=colour, markersize=8, **look)
         accuracy = _accuracy(point)
         if len(points) <= MOST_LABELS or point["front"] == "on the front":
             text = textwrap.fill(point["point"], 24)
@@ -97,7 +102,9 @@ def _accuracy(point: Row) -> str:
 
 def _map_legend(figure: Figure, scene: Scene, points: list[Row]) -> None:
     methods = dict.fromkeys(point["method"] for point in points)
-    handles = [Line2D([], [], marker="o", linestyle="", color=scene.colours[method]) for method in methods]
+    handles = [
+        Line2D([], [], marker=scene.markers[method], linestyle="", color=scene.colours[method]) for method in methods
+    ]
     names = list(methods)
     for name, fill in FRONT_FILL.items():
         handles.append(Line2D([], [], marker="o", linestyle="", color=AXIS, fillstyle=fill, markerfacecoloralt=PAPER))

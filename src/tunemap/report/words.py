@@ -128,27 +128,67 @@ def accuracy_text(point: Row) -> str:
     return f"{text} ({100 * point['accuracy_low']:.1f} to {100 * point['accuracy_high']:.1f})"
 
 
-def verdict(comparisons: list[Row]) -> str:
-    """One sentence on all comparisons of an experiment, grouped by what can be said."""
+def section_answer(comparisons: list[Row]) -> str:
+    """What an experiment found, in one sentence: every effect with its interval, and what cannot be told apart."""
     if not comparisons:
         return "Nothing to compare: the experiment has one point."
-    baselines = ", ".join(dict.fromkeys(row["baseline"] for row in comparisons))
-    parts = []
-    for measure, words in (
-        ("accuracy", {"higher": "more accurate", "lower": "less accurate", NOT_DISTINGUISHABLE: NOT_DISTINGUISHABLE}),
-        ("throughput", {"higher": "faster", "lower": "slower", NOT_DISTINGUISHABLE: NOT_DISTINGUISHABLE}),
-    ):
-        groups = [
-            f"{word}: {_names([row['point'] for row in comparisons if row[f'{measure}_verdict'] == key])}"
-            for key, word in [*words.items(), ("no interval", "without an interval")]
-            if any(row[f"{measure}_verdict"] == key for row in comparisons)
-        ]
-        if groups:
-            parts.append(f"{measure.capitalize()} — {'; '.join(groups)}.")
+    compared = [row for row in comparisons if not row["refused"]]
     refused = [row["point"] for row in comparisons if row["refused"]]
+    parts = [effect_text(row) for row in compared] if len(compared) <= MOST_EFFECTS else _extremes(compared)
     if refused:
-        parts.append(f"Not compared: {_names(refused)}.")
-    return f"Against {baselines}. {' '.join(parts)}"
+        parts.append(f"not compared: {_names(refused)}")
+    baselines = ", ".join(dict.fromkeys(row["baseline"] for row in comparisons))
+    return f"Against {baselines}: {'; '.join(parts)}."
+
+
+MOST_EFFECTS = 3  # points of which a sentence tells everything
+
+
+def effect_text(row: Row) -> str:
+    """`lora is not distinguishable in accuracy (−0.4 points, −2.0 to +1.2), faster (1.30×, 1.20 to 1.40) and ...`."""
+    parts = []
+    if row["accuracy_verdict"]:
+        word = {"higher": "more accurate", "lower": "less accurate"}.get(
+            row["accuracy_verdict"], f"{NOT_DISTINGUISHABLE} in accuracy"
+        )
+        parts.append(f"{word} ({_points_text(row)})")
+    if row["throughput_verdict"]:
+        word = {"higher": "faster", "lower": "slower", "no interval": "not ranked in speed"}.get(
+            row["throughput_verdict"], f"{NOT_DISTINGUISHABLE} in speed"
+        )
+        parts.append(f"{word} ({ratio_text(row, 'throughput_ratio')})")
+    if row["memory_ratio"] is not None:
+        parts.append(f"at {row['memory_ratio']:.2f}× the peak memory")
+    return f"{row['point']} is {', '.join(parts)}" if parts else f"{row['point']} has nothing to compare"
+
+
+def _points_text(row: Row) -> str:
+    low, high = signed(100 * row["accuracy_difference_low"]), signed(100 * row["accuracy_difference_high"])
+    return f"{signed(100 * row['accuracy_difference'])} points, {low} to {high}"
+
+
+def _extremes(compared: list[Row]) -> list[str]:
+    """Of many points: which are more or less accurate, the fastest of those that are faster, the smallest."""
+    parts = []
+    for word, name in (("more accurate", "higher"), ("less accurate", "lower")):
+        found = [row for row in compared if row["accuracy_verdict"] == name]
+        if found:
+            named = ", ".join(f"{row['point']} ({_points_text(row)})" for row in found[:MOST_EFFECTS])
+            more = f" and {len(found) - MOST_EFFECTS} more" if len(found) > MOST_EFFECTS else ""
+            parts.append(f"{word}: {named}{more}")
+    same = [row for row in compared if row["accuracy_verdict"] == NOT_DISTINGUISHABLE]
+    if same:
+        parts.append(f"{NOT_DISTINGUISHABLE} in accuracy: {_names([row['point'] for row in same])}")
+    for word, name, pick in (("faster", "higher", max), ("slower", "lower", min)):
+        found = [row for row in compared if row["throughput_verdict"] == name]
+        if found:
+            row = pick(found, key=lambda one: one["throughput_ratio"])
+            parts.append(f"{len(found)} are {word}, {row['point']} most ({ratio_text(row, 'throughput_ratio')})")
+    sized = [row for row in compared if row["memory_ratio"] is not None]
+    if sized:
+        row = min(sized, key=lambda one: one["memory_ratio"])
+        parts.append(f"least memory: {row['point']} ({row['memory_ratio']:.2f}×)")
+    return parts or ["nothing to compare"]
 
 
 def _names(names: list[str]) -> str:

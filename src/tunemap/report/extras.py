@@ -1,0 +1,132 @@
+"""Sections of the page that a study has only where their data exist: scaling, captures, planner, published numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tunemap.errors import UserError
+from tunemap.files import read_json
+from tunemap.report.formats import records
+from tunemap.report.scene import Scene
+
+Row = dict[str, Any]
+CALIBRATION = "calibration.csv"  # of results/STUDY or, over all studies, of results
+PUBLISHED = "published.csv"  # among a study's tables
+CLOSE = 0.10  # a prediction of memory that is this near explains the measurement
+MOST_ROWS = 60
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sentence and a table."""
+
+    sentence: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def scaling_cells(row: Row) -> list[str]:
+    """One row of the scaling table as text."""
+
+    def interval(name: str, digits: int, factor: float = 1.0) -> str:
+        value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
+        if value is None:
+            return row["reason"] or "—"
+        middle = f"{value * factor:.{digits}f}"
+        return middle if low is None else f"{middle} ({low * factor:.{digits}f} to {high * factor:.{digits}f})"
+
+    sent, peak = row["communication_bytes_per_step"], row["peak_allocated_bytes"]
+    return [
+        f"{row['mode']}: {row['method']} · {row['strategy']}",
+        f"{row['gpus']}",
+        "—" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+        interval("speed_up", 2),
+        interval("efficiency", 0, 100),
+        "—" if peak is None else f"{peak / 2**20:,.1f}",
+        "—" if sent is None else f"{sent / 2**20:,.2f}",
+    ]
+
+
+PARTITION = ("compute_ns", "exposed_communication_ns", "exposed_copy_ns", "idle_ns")
+
+
+def windows(facts_dir: Path, scenes: Iterable[Scene]) -> list[list[str]]:
+    """One row per captured run and device: the exact partition of its window."""
+    rows = []
+    labels = {capture.run: capture.point for scene in scenes for capture in scene.captures}
+    for run, point in labels.items():
+        for device in read_json(facts_dir / run / "summary.json")["devices"]:
+            whole = device["window_ns"] or 1
+            name = f"{point}, device {device['device']}"
+            shares = [f"{100 * device[part] / whole:.1f}" for part in PARTITION]
+            rows.append([name, f"{whole / 1e6:,.1f}", *shares])
+    return rows
+
+
+def read_calibration(paths: list[Path], runs: Iterable[str]) -> Table | None:
+    """Predicted against measured peak memory, from the first of `paths` that exists; None where none does.
+
+    The sentence speaks of every run in the file, the table of the runs of this study.
+    """
+    path = next((path for path in paths if path.is_file()), None)
+    rows = _read(path, ("run", "predicted_peak_bytes", "measured_peak_bytes")) if path else []
+    pairs = [row for row in rows if row["predicted_peak_bytes"] and row["measured_peak_bytes"]]
+    if not pairs:
+        return None
+    ratios = [row["predicted_peak_bytes"] / row["measured_peak_bytes"] for row in pairs]
+    near = sum(abs(ratio - 1) <= CLOSE for ratio in ratios)
+    sentence = (
+        f"Predicted over measured peak memory in {len(ratios)} runs: median {statistics.median(ratios):.2f}, "
+        f"from {min(ratios):.2f} to {max(ratios):.2f}; {near} within {CLOSE:.0%}."
+    )
+    here = set(runs)
+    listed = tuple(
+        (
+            str(row["run"]),
+            f"{row['predicted_peak_bytes'] / 2**20:,.1f}",
+            f"{row['measured_peak_bytes'] / 2**20:,.1f}",
+            f"{row['predicted_peak_bytes'] / row['measured_peak_bytes']:.2f}",
+        )
+        for row in pairs
+        if row["run"] in here
+    )
+    if len(listed) > MOST_ROWS:
+        sentence += f" The first {MOST_ROWS} runs of this study:"
+    return Table(sentence, ("Run", "Predicted, MiB", "Measured, MiB", "Ratio"), listed[:MOST_ROWS])
+
+
+def read_published(path: Path) -> Table | None:
+    """Published numbers beside ours, as the table has them; None where the study compares with none."""
+    rows = _read(path, ()) if path.is_file() else []
+    if not rows:
+        return None
+    sentence = (
+        "Only like is compared with like; a published number with a known flaw stands with its flaw. "
+        f"{len(rows)} numbers are in tables/{path.name}."
+    )
+    columns = tuple(rows[0])
+    cells = tuple(tuple(_text(row[column]) for column in columns) for row in rows[:MOST_ROWS])
+    return Table(sentence, tuple(column.replace("_", " ") for column in columns), cells)
+
+
+def _read(path: Path, needed: tuple[str, ...]) -> list[Row]:
+    try:
+        frame = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; delete the file and make it again") from None
+    missing = [name for name in needed if name not in frame]
+    if missing:
+        raise UserError(f"{path}: has no column {', '.join(missing)}")
+    return records(frame)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "—"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

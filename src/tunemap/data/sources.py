@@ -22,13 +22,14 @@ import numpy as np
 from tunemap.config import DatasetConfig
 from tunemap.data.locate import given_file, hub_files, local_folder, split_files
 from tunemap.data.made import made_records
-from tunemap.data.rows import normalised, read_rows, write_rows
+from tunemap.data.rows import PlacedRecord, normalised, not_utf8, read_rows, write_rows
 from tunemap.data.tasks import TASKS, classification_row, columns, found_label_names, generation_row, text_of
 from tunemap.errors import UserError
 from tunemap.files import sha256_of, write_json
 
 Record = dict[str, Any]
 NAMED_OVERLAPS = 20  # overlapping rows that dataset.json names
+LONGEST_CELL = 2**31 - 1  # characters; csv itself would stop at 131,072
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def prepare(dataset: DatasetConfig, destination: Path, *, data_root: Path | None
     train_prompts = [normalised(text_of(record, prompt_field, "train row")) for record in raw.train]
     clean = [index for index, prompt in enumerate(train_prompts) if prompt not in held_out]
     removed = sorted(set(range(len(raw.train))) - set(clean))
+    if not clean:
+        raise UserError(f"{_place(raw)}: no training row is left, each of {len(raw.train)} is a test row too")
     chosen = {
         "train": _choose(clean, dataset.train_rows, dataset.seed, "train_rows"),
         "test": _choose(range(len(raw.test)), dataset.test_rows, dataset.seed, "test_rows"),
@@ -115,23 +118,43 @@ def read_source(dataset: DatasetConfig, data_root: Path | None) -> RawData:
 def read_records(path: Path) -> list[Record]:
     """The records of a .jsonl, .csv or .tsv file; tables need a header line, and quotes mean nothing in a .tsv."""
     if path.suffix == ".jsonl":
-        return read_rows(path)
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(_table(file, path))
+        records = read_rows(path)
+    else:
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                records = list(_table(file, path))
+        except UnicodeDecodeError:
+            raise not_utf8(path) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not records:
+        raise UserError(f"{path}: empty; expected at least one record")
+    return records
 
 
 def _table(file: Any, path: Path) -> Iterator[Record]:
     tabs = path.suffix == ".tsv"
-    reader = csv.reader(file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
-    header = next(reader, None)
-    if not header:
-        raise UserError(f"{path}: empty; expected a header line with the names of the columns")
-    for cells in reader:
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}")
-        yield dict(zip(header, cells, strict=True))
+    csv.field_size_limit(LONGEST_CELL)
+    # strict: a quote that nobody closes would otherwise swallow the rows below it
+    reader = csv.reader(
+        file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True
+    )
+    try:
+        header = next(reader, None)
+        if not header:
+            raise UserError(f"{path}: empty; expected a header line with the names of the columns")
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise UserError(
+                f"{path}, line 1: the column {twice[0]!r} occurs {header.count(twice[0])} times; rename one"
+            )
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}")
+            yield PlacedRecord(dict(zip(header, cells, strict=True)), path, reader.line_num)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not a table ({error}); check the quotes") from None
 
 
 def _read_hub(path: str, subset: str | None, revision: str | None, dataset: DatasetConfig) -> RawData:
@@ -182,6 +205,12 @@ def rows_of(
         else:
             rows.append(generation_row(row_id, records[index], *fields))
     return rows
+
+
+def _place(raw: RawData) -> str:
+    """The file of the training rows, where they have one."""
+    first = raw.train[0] if raw.train else None
+    return str(first.path) if isinstance(first, PlacedRecord) else "train"
 
 
 def _row_id(dataset: DatasetConfig, split: str, index: int) -> str:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunemap.config import DatasetConfig
+from tunemap.data.rows import PlacedRecord
 from tunemap.errors import UserError
 
+MOST_SHOWN = 200  # characters of a row that a message repeats
 TEST_SPLITS = ("test", "validation", "dev")
 
 
@@ -62,7 +64,7 @@ def classification_row(
         label = int(written)
     else:
         allowed = ", ".join(f"{index} or {name}" for index, name in enumerate(label_names))
-        raise UserError(f"{row_id}: {answer_field} is {written!r}; expected {allowed}")
+        raise UserError(f"{_place(record, row_id)}: {answer_field} is {_shown(written)}; expected {allowed}")
     return {
         "id": row_id,
         "prompt": text_of(record, prompt_field, row_id).strip(),
@@ -82,8 +84,19 @@ def found_label_names(records: list[dict[str, Any]], answer_field: str) -> tuple
 def text_of(record: dict[str, Any], field: str, row_id: str) -> str:
     """The text of a field; a missing or empty one is a `UserError` that names the row and the fields it has."""
     if field not in record:
-        raise UserError(f"{row_id}: no field {field!r}; it has {', '.join(map(str, record))}")
+        known = ", ".join(map(str, record))[:MOST_SHOWN]
+        advice = "repair it, or name the columns with prompt_field and answer_field"
+        raise UserError(f"{_place(record, row_id)}: no field {field!r}; it has {known}; {advice}")
     value = record[field]
     if value is None or isinstance(value, list | dict) or not str(value).strip():
-        raise UserError(f"{row_id}: field {field!r} is {value!r}; expected text or a number")
+        raise UserError(f"{_place(record, row_id)}: field {field!r} is {_shown(value)}; expected text or a number")
     return str(value)
+
+
+def _place(record: dict[str, Any], row_id: str) -> str:
+    return f"{record.place}: {row_id}" if isinstance(record, PlacedRecord) else row_id
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"

@@ -134,5 +134,5 @@ def test_rows_survive_being_written(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", rows)
     assert read_rows(tmp_path / "rows.jsonl") == rows
     (tmp_path / "latin.jsonl").write_bytes('{"a": "ß"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.jsonl: not UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.jsonl, line 1: not UTF-8"):
         read_rows(tmp_path / "latin.jsonl")

@@ -11,7 +11,7 @@ from tunemap.errors import UserError
 from tunemap.files import write_atomic
 
 
-class Record(dict[str, Any]):
+class PlacedRecord(dict[str, Any]):
     """A record of a file that knows its place there, for messages."""
 
     __slots__ = ("line", "path")
@@ -71,7 +71,9 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
         if "\\ud" in line.lower():
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{path}, line {number}: holds half a character (a lone \\ud800 to \\udfff); remove it") from None
+        raise UserError(
+            f"{path}, line {number}: holds half a character (a lone \\ud800 to \\udfff); remove it"
+        ) from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are ValueErrors too
         raise UserError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
     if not isinstance(row, dict):

@@ -27,6 +27,7 @@ from tunemap.config import (
 )
 from tunemap.data.prompts import check_template
 from tunemap.errors import UserError, unknown_key
+from tunemap.methods.sharding import UNSHARDABLE
 from tunemap.run import TASK_KINDS, Run
 
 MADE_TASKS = ("arithmetic", "sst2")  # tasks whose data can be made here
@@ -427,8 +428,8 @@ def _method_reasons(run: Run) -> Iterator[str]:
         yield "gora estimates gradients without a scaler, which fp16 is too narrow for; use bf16 or fp32"
     if isinstance(method, GoraMethod) and method.estimation_batches < factors.gpus:
         yield f"estimation_batches {method.estimation_batches} leaves one of {factors.gpus} devices without a batch"
-    if isinstance(method, PeftMethod) and sharded:
-        yield f"kind peft keeps parameters that {factors.strategy} cannot shard; use single or ddp"
+    if isinstance(method, PeftMethod) and sharded and method.type in UNSHARDABLE:
+        yield f"{method.type} cannot be sharded by {factors.strategy}: {UNSHARDABLE[method.type]}; use single or ddp"
     if isinstance(method, PeftMethod) and method.type in VIRTUAL_TOKENS and factors.batching == "packed":
         yield f"{method.type} puts virtual tokens before each row, which holds several examples if packed"
     yield from _optimizer_reasons(run)

@@ -89,7 +89,7 @@ def test_wrong_method_is_found_when_the_study_is_read(tmp_path, method, message)
     [
         ({"kind": "gora"}, {"precision": "fp16"}, "which fp16 is too narrow for; use bf16 or fp32"),
         ({"kind": "gora", "estimation_batches": 1}, {"strategy": "ddp", "gpus": 2}, "one of 2 devices without a batch"),
-        ({"kind": "peft", "type": "VERA"}, {"strategy": "fsdp", "gpus": 2}, "fsdp cannot shard"),
+        ({"kind": "peft", "type": "VERA"}, {"strategy": "fsdp", "gpus": 2}, "VERA cannot be sharded by fsdp"),
         ({"kind": "peft", "type": "PREFIX_TUNING"}, {"batching": "packed"}, "PREFIX_TUNING puts virtual tokens"),
         ({"kind": "full"}, {"optimizer": "adafactor", "strategy": "fsdp", "gpus": 2}, "adafactor looks at whole rows"),
         ({"kind": "full"}, {"optimizer": "galore_adamw", "strategy": "fsdp", "gpus": 2}, "galore_adamw looks at whole"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from tunemap.collect import read_tables
+from tunemap.errors import UserError, nearest
 from tunemap.files import read_json, write_atomic
 from tunemap.report.loss_figure import draw_loss
 from tunemap.report.point_figures import draw_accuracy, draw_memory, draw_throughput
@@ -50,22 +51,43 @@ class Drawing:
 
 def write_figures(tables_dir: Path, figures_dir: Path, plan_path: Path) -> None:
     """Draw every figure that has something to show, as SVG, PDF and PNG, and figures.json that describes them."""
-    drawings = []
+    facts_dir = figures_dir.parent / "facts"
+    index = [asdict(one) for one in _draw_all(read_json(plan_path), tables_dir, facts_dir, figures_dir, None)]
+    write_atomic(figures_dir / "figures.json", json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+
+
+def redraw(results_dir: Path, name: str, output_dir: Path) -> Drawing:
+    """Draw one figure of a study again, from its tables, into any folder.
+
+    Raises UserError that names the study's figures where it has none of this name, or nothing to show in it.
+    """
+    plan = read_json(results_dir / "plan.json")
+    names = [f"{experiment['name']}-{kind}" for experiment in plan["experiments"] for kind in KINDS]
+    if name not in names:
+        meant = nearest(name, names)
+        raise UserError(f"no figure '{name}'{f'; did you mean {meant}?' if meant else '.'} Known: {', '.join(names)}")
+    drawn = list(_draw_all(plan, results_dir / "tables", results_dir / "facts", output_dir, name))
+    if not drawn:
+        raise UserError(f"figure {name} has nothing to show: its values were not measured in {results_dir}")
+    return drawn[0]
+
+
+def _draw_all(
+    plan: dict[str, Any], tables_dir: Path, facts_dir: Path, output_dir: Path, only: str | None
+) -> Iterator[Drawing]:
     with matplotlib.style.context(STYLE):
-        for scene in scenes(read_json(plan_path), read_tables(tables_dir), figures_dir.parent / "facts"):
+        for scene in scenes(plan, read_tables(tables_dir), facts_dir):
             for kind, (draw, title) in KINDS.items():
-                drawn = draw(scene)
+                name = f"{scene.name}-{kind}"
+                drawn = draw(scene) if only in (None, name) else None
                 if drawn is None:
                     continue
                 figure, caption, alt = drawn
-                name = f"{scene.name}-{kind}"
                 for ending, metadata in FORMATS.items():
                     buffer = io.BytesIO()
                     figure.savefig(buffer, format=ending, metadata=metadata)
-                    write_atomic(figures_dir / f"{name}.{ending}", buffer.getvalue())
-                drawings.append(Drawing(name, scene.name, kind, title, caption, alt))
-    index = [asdict(drawing) for drawing in drawings]
-    write_atomic(figures_dir / "figures.json", json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+                    write_atomic(output_dir / f"{name}.{ending}", buffer.getvalue())
+                yield Drawing(name, scene.name, kind, title, caption, alt)
 
 
 KINDS: dict[str, tuple[Callable[[Scene], tuple[Figure, str, str] | None], str]] = {

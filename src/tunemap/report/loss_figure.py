@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tunemap.report.scene import WIDTH, Row, Scene
+from tunemap.report.scene import WIDTH, Row, Scene, seeds_text
 
 
 def draw_loss(scene: Scene) -> tuple[Figure, str, str] | None:
@@ -49,7 +49,10 @@ def draw_loss(scene: Scene) -> tuple[Figure, str, str] | None:
     finals = [
         f"{point['point']}: ends at {point['train_loss']:.3g}" for point in named if point["train_loss"] is not None
     ]
-    caption = "Training loss against steps (left) and time (right): mean over seeds, thin lines are single runs."
+    caption = (
+        "Training loss per label token against steps (left) and time (right): mean over seeds, "
+        f"{seeds_text(scene.trained)}; thin lines are single runs."
+    )
     if by_method:
         caption += " So many lines are named by their method alone; lighter ones come later in the table."
     return figure, caption, f"Loss curves. {'; '.join(finals)}."

@@ -100,7 +100,7 @@
   const budget = () => +slider.value === STEPS ? Infinity : least * (most / least) ** (slider.value / STEPS);
   if (needs.length) {
     slider.addEventListener("input", draw);
-    controls.append(element("label", { class: "budget" }, "My GPU has ", budgetText, slider));
+    controls.append(element("label", { class: "budget", for: "budget" }, "My GPU has ", budgetText, slider));
   }
 
   // --- the drawing ---

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tunemap.report.scene import BASE_COLOUR, FAILURE_COLOUR, INK, PAPER, WIDTH, Row, Scene, failures
+from tunemap.report.scene import BASE_COLOUR, FAILURE_COLOUR, INK, PAPER, WIDTH, Row, Scene, failures, seeds_text
 
 ROW_HEIGHT = 0.34
+MOST_ROWS = 60  # of a figure; a taller one fits on no page
 LABEL_CHARACTERS = 34
 PARTS = {  # of peak memory; a sequence of one hue, so that no part is taken for a method
     "parameters_bytes": ("parameters", "#46566c"),
@@ -70,7 +71,7 @@ def _dots(scene: Scene, axes: Axes, points: list[Row], name: str, factor: float)
 
 def draw_throughput(scene: Scene) -> tuple[Figure, str, str] | None:
     """Real tokens per second of each point."""
-    points = scene.trained
+    points, more = _rows(scene.trained)
     if all(point["tokens_per_second"] is None for point in points):
         return None
     figure, axes = _row_axes(points, "Throughput", "real (non-padding) tokens per second")
@@ -79,8 +80,9 @@ def draw_throughput(scene: Scene) -> tuple[Figure, str, str] | None:
     axes.set_xlim(right=far_end(points, "tokens_per_second") * 1.04)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     caption = (
-        "Real tokens per second: mean over seeds with 95 % t interval; small dots are single runs. "
-        "A point without a line has one run, so nothing is known of its spread."
+        f"Real (non-padding) tokens per second of the steps after warm-up, all devices: mean over seeds with 95 % t "
+        f"interval, {seeds_text(points)}; small dots are single runs. "
+        f"A point without a line has one run, so nothing is known of its spread.{more}"
     )
     return figure, caption, _alternative("Throughput in tokens per second", points, "tokens_per_second", 1, 0)
 
@@ -94,9 +96,10 @@ def far_end(points: list[Row], name: str) -> float:
 
 def draw_accuracy(scene: Scene) -> tuple[Figure, str, str] | None:
     """Accuracy of each point and of the untouched model."""
-    points = scene.points
+    points, more = _rows(scene.points)
     if all(point["accuracy"] is None for point in points):
         return None
+    examples = max(point["examples"] for point in points if point["examples"])
     metric = next(point["metric"] for point in points if point["metric"])
     figure, axes = _row_axes(points, "Accuracy on the test split", f"{metric.replace('_', ' ')}, %")
     _dots(scene, axes, points, "accuracy", 100)
@@ -107,16 +110,16 @@ def draw_accuracy(scene: Scene) -> tuple[Figure, str, str] | None:
     highs = [point["accuracy_high"] for point in points if point["accuracy_high"] is not None]
     axes.set_xlim(max(-1, 100 * min(lows) - 4), min(101, 100 * max(highs) + 4))
     caption = (
-        "Share of correct test answers: mean over seeds with 95 % interval for other examples and other seeds "
-        "(Wilson's, for examples alone, where there is one seed); small dots are single runs. "
-        "The dashed line is the model without fine-tuning."
+        f"Share of correct answers among {examples:,.0f} test examples: mean over seeds with 95 % interval for other "
+        f"examples and other seeds (Wilson's, for examples alone, where there is one seed), {seeds_text(points)}; "
+        f"small dots are single runs. The dashed line is the model without fine-tuning.{more}"
     )
     return figure, caption, _alternative("Accuracy in percent", points, "accuracy", 100, 1)
 
 
 def draw_memory(scene: Scene) -> tuple[Figure, str, str] | None:
     """Peak allocated memory of each point, with its parts where they were measured."""
-    points = scene.trained
+    points, more = _rows(scene.trained)
     peaks = [point["peak_allocated_bytes"] for point in points if point["peak_allocated_bytes"] is not None]
     if not peaks:
         return None
@@ -145,10 +148,18 @@ def draw_memory(scene: Scene) -> tuple[Figure, str, str] | None:
     if parts:
         handles = [Line2D([], [], marker="s", linestyle="", color=PARTS[part][1], markersize=8) for part in parts]
         figure.legend(handles, [PARTS[part][0] for part in parts], loc="outside lower center", ncols=len(parts))
-    caption = "Largest memory allocated on a device during training: the dot is the mean over seeds" + (
-        ", the bar shows what it was used for at that moment." if parts else "."
+    used = "; the bar shows what it was used for at that moment" if parts else ""
+    caption = (
+        "Largest memory allocated on a device during training, loading and evaluation left out: the marker is the "
+        f"mean over seeds, {seeds_text(points)}{used}.{more}"
     )
     return figure, caption, _alternative(f"Peak memory in {unit}", points, "peak_allocated_bytes", 1 / size, 1)
+
+
+def _rows(points: list[Row]) -> tuple[list[Row], str]:
+    """The points that a figure has room for, and a sentence about the others."""
+    more = len(points) - MOST_ROWS
+    return points[:MOST_ROWS], f" {more} more points are in the table." if more > 0 else ""
 
 
 def _alternative(what: str, points: list[Row], name: str, factor: float, digits: int) -> str:

@@ -125,3 +125,13 @@ def failures(point: Row) -> str:
         for outcome, count in counts.items()
         if outcome != "ok"
     )
+
+
+def seeds_text(points: list[Row]) -> str:
+    """`n = 3 seeds`, or the range where points differ; only points with a run that ended ok count."""
+    counts = sorted({int(point["seeds"]) for point in points if point["seeds"]})
+    if not counts:
+        return "n = 0 seeds"
+    if len(counts) == 1:
+        return f"n = {counts[0]} seed{'s' if counts[0] > 1 else ''} per point"
+    return f"n = {counts[0]} to {counts[-1]} seeds per point"

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from tunemap.report.point_figures import far_end
-from tunemap.report.scene import AXIS, PAPER, WIDTH, Row, Scene, failures
+from tunemap.report.scene import AXIS, PAPER, WIDTH, Row, Scene, failures, seeds_text
 
 MOST_LABELS = 14  # on a map; beyond, only the front is named
 FRONT_FILL = {"on the front": "full", "undecided": "left", "beaten": "none"}
@@ -41,8 +41,8 @@ def draw_tradeoff(scene: Scene) -> tuple[Figure, str, str] | None:
     lost = [text for text, point in zip(lost, scene.trained, strict=True) if point["peak_allocated_bytes"] is None]
     caption = (
         "Up and to the left is better; beside each point its accuracy with 95 % interval. Bars are 95 % intervals over "
-        "seeds. Filled: on the Pareto front of memory, throughput and accuracy with at least 95 % probability; "
-        "empty: beaten with at least 95 %; half: undecided or unknown."
+        f"seeds, {seeds_text(scene.trained)}. Filled: on the Pareto front of memory, throughput and accuracy with at "
+        "least 95 % probability; empty: beaten with at least 95 %; half: undecided or unknown."
     )
     if max(map(len, places.values())) > MOST_LABELS:
         caption += " Of so many points only those on the front are named; the table has the others."

@@ -1,5 +1,6 @@
 """Figures and page from a made-up study: the same bytes each time, nothing fetched, nothing ranked without interval."""
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -14,11 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from tunemap.collect import EVALUATION_DETAILS, MEASUREMENTS, collect, read_tables, write_tables
 from tunemap.distributed.scaling import SCALING_COLUMNS
+from tunemap.errors import UserError
 from tunemap.report import figures, page, words
+from tunemap.report.command import add_figure_arguments, run_figure
 from tunemap.report.definitions import DEFINITIONS
 from tunemap.report.formats import records, signed
 from tunemap.report.point_figures import draw_accuracy, draw_memory, draw_throughput
-from tunemap.report.scene import BASE_COLOUR, INK, method_colours, scenes
+from tunemap.report.scene import BASE_COLOUR, INK, MARKERS, METHOD_COLOURS, method_colours, scenes
 from tunemap.report.tradeoff_figure import draw_tradeoff
 
 SPEC = importlib.util.spec_from_file_location("fake_results", Path(__file__).parent / "fake_results.py")
@@ -63,6 +66,46 @@ def test_every_figure_comes_in_three_formats(study):
         assert one["caption"]
         for ending in figures.FORMATS:
             assert (folder / f"{one['name']}.{ending}").stat().st_size > 1000
+
+
+def test_one_figure_is_redrawn_to_the_same_bytes(study, tmp_path, capsys):
+    (study.results_dir / "plan.json").write_text(study.plan_path.read_text())
+    parser = argparse.ArgumentParser()
+    add_figure_arguments(parser)
+    assert (
+        run_figure(parser.parse_args(["ranks-memory", "--study", str(study.results_dir), "--output", str(tmp_path)]))
+        == 0
+    )
+    drawn = digests(tmp_path)
+    assert drawn.keys() == {"ranks-memory.svg", "ranks-memory.pdf", "ranks-memory.png"}
+    assert drawn.items() <= digests(study.results_dir / "figures").items()
+    assert "n = 2 seeds per point" in capsys.readouterr().out
+
+
+def test_a_figure_that_does_not_exist_is_refused_with_the_names_of_those_that_do(study, tmp_path):
+    with pytest.raises(
+        UserError, match=r"no figure 'ranks-memroy'; did you mean ranks-memory\? Known: methods-tradeoff, "
+    ):
+        figures.redraw(study.results_dir, "ranks-memroy", tmp_path)
+    with pytest.raises(UserError, match="figure methods-step has nothing to show"):
+        figures.redraw(study.results_dir, "methods-step", tmp_path)
+    with pytest.raises(UserError, match=r"no plan.json; give the folder of a study's results"):
+        run_figure(argparse.Namespace(name="methods-memory", study=tmp_path, output=tmp_path))
+
+
+def luminance(colour):
+    """Relative luminance as WCAG 2 defines it."""
+    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_of_methods_stand_out_on_white_and_on_the_dark_page():
+    assert len(METHOD_COLOURS) == len(MARKERS)
+    for colour in METHOD_COLOURS:
+        for ground in ("#ffffff", "#181c21"):
+            high, low = sorted([luminance(colour), luminance(ground)], reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 3, (colour, ground)
 
 
 def test_a_method_has_one_colour_in_all_figures(study):

@@ -10,6 +10,8 @@ from tunemap.errors import UserError
 
 SUMMARY = "summary.json"
 FORMATS = ("csv", "parquet")
+LONGEST_NS = 2**53  # 104 days: doubles hold every integer up to here
+LARGEST_BYTES = 2**53
 
 _SIGNATURES = {
     b"SQLite format 3\x00": "nsys",
@@ -116,7 +118,27 @@ def read_traces(paths: list[Path]) -> Any:
     if twice:
         raise UserError(f"{twice[0]}: named twice")
     keep = load_rules().keeps_range
-    return merge_traces([_reader(trace_kind(path))(path, keep) for path in paths])
+    traces = [_reader(trace_kind(path))(path, keep) for path in paths]
+    for path, trace in zip(paths, traces, strict=True):
+        _refuse_nonsense(path, trace)
+    return merge_traces(traces)
+
+
+def _refuse_nonsense(path: Path, trace: Any) -> None:
+    """Raise `UserError` for values that no profiler writes and that sums would overflow on."""
+    names = [repr(name)[:80] for name in trace.names if type(name) is not str]
+    problem = f"an event is called {names[0]}, which is no text" if names else ""
+    timed = [rows for rows in (trace.kernels, trace.copies, trace.calls, trace.ranges) if len(rows)]
+    if timed:
+        first, last = min(int(rows.start_ns.min()) for rows in timed), max(int(rows.end_ns.max()) for rows in timed)
+        if last - first > LONGEST_NS:
+            problem = f"its times span {last - first} ns, more than {LONGEST_NS / 86_400e9:.0f} days"
+    messages = (trace.messages.in_bytes, trace.messages.out_bytes)
+    for name, sizes in (("copy", trace.copies.bytes), *(("message", sizes) for sizes in messages)):
+        if len(sizes) and not -1 <= int(sizes.min()) <= int(sizes.max()) <= LARGEST_BYTES:
+            problem = f"the size of a {name} is {sizes.min()} to {sizes.max()} bytes"
+    if problem:
+        raise UserError(f"{path}: {problem}: the file is damaged; export or write the trace again")
 
 
 def _reader(kind: str) -> Any:

@@ -92,9 +92,11 @@ def read_kineto(path: Path, keep_range: Callable[[str], bool]) -> Trace:
     except RecursionError:
         raise UserError(f"{path}: damaged JSON (nested too deeply)") from None
     except KeyError as error:
-        raise UserError(f"{path}: an event of this trace has no field {error}") from error
+        raise UserError(f"{path}: an event of this trace has no field {error}; write the trace again") from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}: an event of this trace has a field of the wrong type ({error})") from error
+        raise UserError(
+            f"{path}: an event of this trace has a field of the wrong type ({str(error)[:200]}); write the trace again"
+        ) from error
 
 
 def _open(path: Path) -> IO[str]:

@@ -57,7 +57,9 @@ def read_nsys(path: Path, keep_range: Callable[[str], bool]) -> Trace:
     except sqlite3.Error as error:
         raise UserError(_explain(path, error)) from error
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: a column that must hold integers holds something else ({error})") from error
+        raise UserError(
+            f"{path}: a column that must hold integers holds something else ({error}); export the .nsys-rep again"
+        ) from error
 
 
 def _explain(path: Path, error: sqlite3.Error) -> str:

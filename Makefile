@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format types bench clean
+.PHONY: help install demo test lint format types bench fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ bench: install ## print what the instruments cost, and how fast traces are read
 	python benchmarks/overhead.py
 	python benchmarks/agreement.py
 	python benchmarks/extraction.py
+
+fuzz: install ## mutate 10,000 study files, 2,000 dataset files and 1,000 traces, and look how each is handled
+	python -m tests.fuzz.campaign
 
 format: install ## rewrite the sources in the project's format
 	ruff check --fix .

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     DistilBertConfig,
     DistilBertForMaskedLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -66,6 +67,44 @@ class Pretrained:
     steps: int
     seconds: float
     accuracies: dict[str, float]
+
+
+def architecture(name: Architecture) -> PreTrainedConfig:
+    """The config of a tiny model, without pretraining one."""
+    if name == "qwen2":
+        return _qwen2(corpora.build_arithmetic_tokenizer())
+    return _distilbert(corpora.build_sentiment_tokenizer())
+
+
+def _qwen2(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (corpora.END_OF_TEXT, corpora.MESSAGE_END)}
+    return Qwen2Config(
+        vocab_size=_rounded(len(tokenizer)),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=corpora.POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=ids[corpora.MESSAGE_END],
+        pad_token_id=ids[corpora.END_OF_TEXT],
+        use_cache=True,
+    )
+
+
+def _distilbert(tokenizer: PreTrainedTokenizerBase) -> DistilBertConfig:
+    return DistilBertConfig(
+        vocab_size=_rounded(len(tokenizer)),
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=256,
+        max_position_embeddings=corpora.SENTIMENT_POSITIONS,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.04,
+    )
 
 
 Progress = Callable[[int, dict[str, float]], None]
@@ -159,23 +198,7 @@ class _Qwen2Learner(_Learner):
 
     def __init__(self, seed: int, recipe: Recipe) -> None:
         self.tokenizer = corpora.build_arithmetic_tokenizer()
-        ids = {name: self.tokenizer.convert_tokens_to_ids(name) for name in (corpora.END_OF_TEXT, corpora.MESSAGE_END)}
-        self.model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=_rounded(len(self.tokenizer)),
-                hidden_size=64,
-                intermediate_size=192,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=corpora.POSITIONS,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=ids[corpora.MESSAGE_END],
-                pad_token_id=ids[corpora.END_OF_TEXT],
-                use_cache=True,
-            )
-        )
+        self.model = Qwen2ForCausalLM(_qwen2(self.tokenizer))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
@@ -248,18 +271,7 @@ class _DistilBertLearner(_Learner):
 
     def __init__(self, seed: int, recipe: Recipe) -> None:
         self.tokenizer = corpora.build_sentiment_tokenizer()
-        self.model = DistilBertForMaskedLM(
-            DistilBertConfig(
-                vocab_size=_rounded(len(self.tokenizer)),
-                dim=64,
-                n_layers=2,
-                n_heads=4,
-                hidden_dim=256,
-                max_position_embeddings=corpora.SENTIMENT_POSITIONS,
-                pad_token_id=self.tokenizer.pad_token_id,
-                initializer_range=0.04,
-            )
-        )
+        self.model = DistilBertForMaskedLM(_distilbert(self.tokenizer))
         self._heads = nn.Linear(64, 2 + len(corpora.NOUNS))  # polarity, then subject; thrown away afterwards
         parameters = [*self.model.parameters(), *self._heads.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, fused=True)

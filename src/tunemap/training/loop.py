@@ -79,7 +79,7 @@ class Loop:
             witness = self.watch() if self.watch and step == watched else None
             clock.begin(step)
             with tracker or witness or (self.compiling() if step == first else nullcontext()):
-                row = self._step(state, parameters, batches, clock, step, tracker)
+                row = self.take_step(state, parameters, batches, clock, step, tracker)
             clock.end()
             state.step, state.elapsed_s = step + 1, time.perf_counter() - started
             if tracker is not None:
@@ -92,7 +92,7 @@ class Loop:
                 loss = self._flush(clock)
                 self.window_ended(state, loss)
 
-    def _step(
+    def take_step(
         self,
         state: TrainingState,
         parameters: list[nn.Parameter],

@@ -27,9 +27,14 @@ STAGES = (
     "extract_facts",
     "make_tables",
     "make_figures",
+    "make_database",
     "make_report",
 )
-WORKERS = {"train_run": "training/worker.py", "capture_run": "capture/worker.py"}
+WORKERS = {
+    "train_run": "training/worker.py",
+    "evaluate_run": "tunemap/evaluation.py",
+    "capture_run": "capture/worker.py",
+}
 
 
 def _rows(path: Path) -> dict[str, dict[str, str]]:

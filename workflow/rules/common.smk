@@ -83,6 +83,7 @@ def sources(stage):
 def study_results(wildcards):
     return [
         f"results/{PLAN.study}/report.html",
+        f"results/{PLAN.study}/study.sqlite",
         f"results/{PLAN.study}/tables/runs.csv",
     ]
 
@@ -226,6 +227,10 @@ def device(wildcards):
 
 def outcomes(wildcards):
     return [f"results/{PLAN.study}/runs/{run}/outcome.json" for run in PLAN.runs]
+
+
+def steps(wildcards):
+    return [f"results/{PLAN.study}/runs/{run}/steps.csv" for run in PLAN.runs]
 
 
 def evaluations(wildcards):

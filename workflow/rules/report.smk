@@ -4,6 +4,7 @@
 localrules:
     tables,
     figures,
+    database,
     write_report,
 
 
@@ -18,12 +19,14 @@ rule tables:
             "results/{study}/tables/runs.csv",
             caption="../report/runs.rst",
             category="Tables",
+            labels={"what": "every run"},
         ),
         points="results/{study}/tables/points.csv",
         comparisons=report(
             "results/{study}/tables/comparisons.csv",
             caption="../report/comparisons.rst",
             category="Tables",
+            labels={"what": "each point against its baseline"},
         ),
         experiments="results/{study}/tables/experiments.csv",
         gates="results/{study}/tables/gates.csv",
@@ -52,9 +55,11 @@ rule figures:
     output:
         report(
             directory("results/{study}/figures"),
-            patterns=["{name}.svg"],
+            patterns=["{experiment}-{kind}.svg"],
             caption="../report/figures.rst",
             category="Figures",
+            subcategory="{experiment}",
+            labels={"experiment": "{experiment}", "figure": "{kind}"},
         ),
     log:
         "logs/{study}/figures.log",
@@ -67,6 +72,31 @@ rule figures:
         " --figures {output} >{log} 2>&1"
 
 
+rule database:
+    input:
+        code=sources("make_database"),
+        tables=rules.tables.output,
+        steps=steps,
+        evaluations=evaluations,
+        facts=facts,
+    output:
+        report(
+            "results/{study}/study.sqlite",
+            caption="../report/database.rst",
+            category="Data",
+            labels={"what": "everything, as SQLite"},
+        ),
+    log:
+        "logs/{study}/database.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        plan=tables_plan,
+    shell:
+        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
+        " --output {output} >{log} 2>&1"
+
+
 rule write_report:
     input:
         code=sources("make_report"),
@@ -77,6 +107,7 @@ rule write_report:
             "results/{study}/report.html",
             caption="../report/report.rst",
             category="Report",
+            labels={"what": "the report"},
         ),
     log:
         "logs/{study}/report.log",

@@ -68,8 +68,9 @@ FROM runs WHERE outcome <> 'ok' OR evaluation_outcome NOT IN ('ok', 'skipped')""
     "memory_parts": (
         "What is the peak memory of each run made of, in MiB?",
         """SELECT run, method, peak_allocated_bytes / 1048576.0 AS peak_mib,
-       parameters_bytes / 1048576.0 AS parameters_mib, gradients_bytes / 1048576.0 AS gradients_mib, optimizer_bytes / 1048576.0 AS optimizer_mib,
-       activations_bytes / 1048576.0 AS activations_mib, other_bytes / 1048576.0 AS other_mib
+       parameters_bytes / 1048576.0 AS parameters_mib, gradients_bytes / 1048576.0 AS gradients_mib,
+       optimizer_bytes / 1048576.0 AS optimizer_mib, activations_bytes / 1048576.0 AS activations_mib,
+       other_bytes / 1048576.0 AS other_mib
 FROM runs WHERE peak_allocated_bytes IS NOT NULL ORDER BY peak_mib""",
     ),
     "step_parts": (

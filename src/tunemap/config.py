@@ -16,6 +16,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+FlawId = Annotated[str, Field(pattern=r"^F(0[1-9]|[1-3][0-9]|4[0-4])$")]  # as docs/validity.md numbers them
 
 
 class Section(BaseModel):
@@ -93,6 +94,11 @@ class DatasetConfig(Section):
     train_rows: PositiveInt | None = Field(None, description="How many training rows to use; null: all.")
     test_rows: PositiveInt | None = Field(None, description="How many test rows to use; null: all.")
     seed: NonNegativeInt = Field(0, description="Seed of made data, and of the choice of rows.")
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Evaluate on this share of the training rows, held out from training, in place of the test split: "
+        "what one published study did. Needs `accept_flaws: [F13]`.",
+    )
     prompt_template: str | None = Field(
         None,
         description="Name in `prompt_templates`: the whole prompt, in place of chat template and system_prompt. "
@@ -329,6 +335,11 @@ class Factors(Section):
         "Whether `fsdp` and `hybrid` free a block's gathered weights after its forward pass and gather them again for "
         "the backward pass (less memory), or keep them (less communication).",
     )
+    fsdp_unit: Literal["block", "model"] = _factor(
+        "block",
+        "What `fsdp` and `hybrid` gather at once: a transformer block, or the whole model, as one published study did; "
+        "`model` needs `accept_flaws: [F04]`.",
+    )
     per_device_batch_size: PositiveInt = _factor(8, "Examples per device and micro-batch (rows if packed).")
     gradient_accumulation: PositiveInt = _factor(1, "Micro-batches per optimizer step.")
     max_length: PositiveInt = _factor(512, "Longest sequence in tokens, prompt and answer together.")
@@ -378,6 +389,12 @@ class Factors(Section):
     evaluation_batch_size: PositiveInt = _factor(64, "Prompts per batch of generation.", "evaluate")
     max_new_tokens: PositiveInt | None = _factor(
         None, "Generation limit in tokens; null: as long as the longest reference answer.", "evaluate"
+    )
+    extraction: Literal["lm_eval", "hpml"] = _factor(
+        "lm_eval",
+        "How an answer is read from an output: `lm_eval`, the first number after ####; `hpml`, the rule of one published "
+        "study, which counts right answers as wrong and needs `accept_flaws: [F14]`.",
+        "evaluate",
     )
 
 
@@ -468,6 +485,11 @@ class Experiment(Section):
         description="`torch`: repeat the first seed of each point for a few steps under torch.profiler. Timings never "
         "come from there.",
     )
+    inference: bool = Field(
+        False,
+        description="Measure generation (or classification) of the first seed of each point besides: latency, tokens/s "
+        "and memory of the base, of the merged and unmerged adapter, and in 4 bits.",
+    )
     exclude: list[Match] = Field(
         default_factory=list, description="Points to leave out: factor: value, or factor: [values]."
     )
@@ -489,6 +511,36 @@ class Report(Section):
     title: str | None = Field(None, description="Heading of the report; null: the study's name.")
     introduction: str | None = Field(None, description="A paragraph below the heading.")
     baseline_method: str | None = Field(None, description="Method that others are compared with; null: the first.")
+    published: Literal["nyu", "columbia", "rtx"] | None = Field(
+        None,
+        description="Make the tables and figures of this published study, and compare its numbers with these results.",
+    )
+
+
+class ScaledExperiment(Section):
+    """What an experiment has otherwise at a scale; factors are replaced one by one, lists as a whole."""
+
+    fixed: Fixed = Field(default_factory=lambda: Fixed(), description="Factors that replace those of `fixed`.")
+    vary: Vary = Field(default_factory=lambda: Vary(), description="Factors whose lists replace those of `vary`.")
+    seeds: list[NonNegativeInt] | None = Field(None, min_length=1, description="Other seeds; null: the same.")
+    exclude: list[Match] | None = Field(None, description="Other points to leave out; null: the same.")
+    only: list[Match] | None = Field(None, description="Other points to keep; null: the same.")
+
+
+class Scale(Section):
+    """The same study at another size: what it names replaces what the study has. Its results lie in STUDY-SCALE."""
+
+    data_root: str | None = Field(None, description="Another start of relative paths; null: the same.")
+    models: dict[Name, ModelConfig] = Field(default_factory=dict, description="Models in place of those so named.")
+    datasets: dict[Name, DatasetConfig] = Field(
+        default_factory=dict, description="Datasets in place of those so named."
+    )
+    methods: dict[Name, MethodConfig] = Field(default_factory=dict, description="Methods in place of those so named.")
+    defaults: Defaults = Field(default_factory=lambda: Defaults(), description="Factors that replace `defaults`.")
+    experiments: dict[Name, ScaledExperiment] = Field(
+        default_factory=dict, description="Changes of experiments, by name."
+    )
+    hardware: Hardware = Field(default_factory=lambda: Hardware(), description="Keys that replace those of `hardware`.")
 
 
 class Study(Section):
@@ -513,3 +565,12 @@ class Study(Section):
     experiments: list[Experiment] = Field(min_length=1, description="The questions of the study.")
     hardware: Hardware = Field(default_factory=lambda: Hardware(), description="The machine.")
     report: Report = Field(default_factory=lambda: Report(), description="The report.")
+    scales: dict[Name, Scale] = Field(
+        default_factory=dict,
+        description="Other sizes of the same study, chosen with `--config scale=NAME` or `tunemap plan --scale NAME`.",
+    )
+    accept_flaws: list[FlawId] = Field(
+        default_factory=list,
+        description="Known flaws (docs/validity.md) that the study repeats on purpose; their gates warn and refuse "
+        "nothing. Without them such a study is refused, with the list that it needs.",
+    )

@@ -38,6 +38,12 @@ def _study_argument(parser: argparse.ArgumentParser, *, option: bool) -> None:
         parser.add_argument(name, type=Path, default=DEFAULT_STUDY, help=meaning)
     else:
         parser.add_argument(name, type=Path, nargs="?", default=DEFAULT_STUDY, help=meaning)
+    parser.add_argument("--scale", help="another size of the study, as its `scales` name them")
+    parser.add_argument("--data-root", help="where relative paths start, in place of the study's data_root")
+
+
+def _plan_of(arguments: argparse.Namespace) -> Plan:
+    return load_plan(arguments.study, data_root=arguments.data_root, scale=arguments.scale)
 
 
 def _run_of(plan: Plan, name: str) -> Run:
@@ -59,7 +65,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Print the runs of a study."""
-    plan = load_plan(arguments.study)
+    plan = _plan_of(arguments)
     if arguments.json:
         print(json.dumps(plan.to_dict(), indent=1, ensure_ascii=False))
         return 0
@@ -99,7 +105,7 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_explain(arguments: argparse.Namespace) -> int:
     """Print every factor of a run with the place that its value came from."""
-    plan = load_plan(arguments.study)
+    plan = _plan_of(arguments)
     run = _run_of(plan, arguments.run)
     origins = plan.provenance[run.id]
     table = Table(title=run.id, title_justify="left")
@@ -146,7 +152,7 @@ def _run_or_file(arguments: argparse.Namespace, name: str) -> Run:
             return Run.from_json(canonical_json(read_json(path)["spec"]))
         except (KeyError, TypeError, ValidationError):
             raise UserError(f"{path}: no outcome of a run of this version of tunemap") from None
-    return _run_of(load_plan(arguments.study), name)
+    return _run_of(_plan_of(arguments), name)
 
 
 # --- retry and gc -----------------------------------------------------------------------------------------
@@ -161,7 +167,7 @@ def add_retry_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_retry(arguments: argparse.Namespace) -> int:
     """Remove the results of failed runs: a failure is a result, and is repeated only when somebody says so."""
-    plan, wanted = load_plan(arguments.study), arguments.outcome or ["error"]
+    plan, wanted = _plan_of(arguments), arguments.outcome or ["error"]
     folder = arguments.results / plan.study.study
     forgotten = []
     for name in plan.runs:
@@ -200,7 +206,7 @@ def add_gc_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_gc(arguments: argparse.Namespace) -> int:
     """List or remove folders of runs that the study does not plan any more."""
-    plan = load_plan(arguments.study)
+    plan = _plan_of(arguments)
     folder = arguments.results / plan.study.study
     stale = [
         path

@@ -57,6 +57,7 @@ class Run(Section):
     method: RunMethod
     prompt_template: str | None  # the text, not its name in the study
     factors: Factors
+    accept_flaws: tuple[str, ...] = ()  # flaws that this run repeats on purpose, whose gates let it through
 
     @classmethod
     def from_json(cls, text: str) -> Run:

@@ -17,6 +17,8 @@ from tunemap.config import (
     LocalModel,
     RandomModel,
     Report,
+    Scale,
+    ScaledExperiment,
     Study,
     TinyModel,
 )
@@ -36,6 +38,9 @@ the key and what is allowed. Editors that know JSON schemas complete and check k
 
 Values are taken from the strongest place that sets them: an experiment's `vary`, its `fixed`, the method's
 `factors`, `defaults`, and last the default printed here. `tunemap explain RUN` prints which one it was.
+
+A study may name other sizes of itself under `scales`: `tunemap plan FILE --scale NAME` lists the runs of one, and
+`snakemake ... --config scale=NAME` runs it, with results in `results/STUDY-NAME/`.
 
 Write small numbers with a point: YAML reads `1e-4` as text, `1.0e-4` as a number.
 
@@ -64,6 +69,8 @@ def reference_text() -> str:
         ("Factors: in defaults, fixed, vary, and methods.*.factors", Factors),
         ("hardware", Hardware),
         ("report", Report),
+        ("scales", Scale),
+        ("scales: experiments", ScaledExperiment),
     ]
     parts = [INTRODUCTION]
     for title, model in sections:

@@ -27,6 +27,7 @@ from tunemap.config import (
 )
 from tunemap.data.prompts import check_template
 from tunemap.errors import UserError, unknown_key
+from tunemap.flaws import LETS_THROUGH, Flaw, experiment_flaws, run_flaws
 from tunemap.methods.sharding import UNSHARDABLE
 from tunemap.run import TASK_KINDS, Run
 
@@ -45,6 +46,8 @@ class PlannedExperiment:
     runs: tuple[str, ...]
     base_runs: tuple[str, ...]
     captures: tuple[str, ...]  # runs that are repeated under a profiler
+    inferences: tuple[str, ...] = ()  # runs whose inference is measured
+    flaws: tuple[Flaw, ...] = ()  # known flaws that it repeats, all of them accepted
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Plan:
                     "runs": list(experiment.runs),
                     "base_runs": list(experiment.base_runs),
                     "captures": list(experiment.captures),
+                    "inferences": list(experiment.inferences),
+                    "flaws": [{"flaw": flaw.id, "what": flaw.what} for flaw in experiment.flaws],
                 }
                 for experiment in self.experiments
             ],
@@ -113,6 +118,8 @@ def plan_study(study: Study) -> tuple[Plan, list[str]]:
                 problems.append(_same_id(experiment, run))
             provenance.setdefault(run.id, origin)
             base.append(_base_run(study, run))
+        flaws = _flaws(experiment, [run for run, _ in planned])
+        problems += _unaccepted(study, experiment, flaws)
         for run in base:
             if runs.setdefault(run.id, run) != run:
                 problems.append(_same_id(experiment, run))
@@ -129,9 +136,33 @@ def plan_study(study: Study) -> tuple[Plan, list[str]]:
                     if experiment.profile != "none"
                     else ()
                 ),
+                inferences=tuple(
+                    dict.fromkeys(run.id for run, _ in planned if run.factors.seed == experiment.seeds[0])
+                    if experiment.inference
+                    else ()
+                ),
+                flaws=tuple(flaws),
             )
         )
-    return Plan(study, tuple(experiments), runs, provenance), problems
+    return Plan(study, tuple(experiments), runs, provenance), [*problems, *_needed_flaws(study, experiments)]
+
+
+def _flaws(experiment: Experiment, runs: list[Run]) -> list[Flaw]:
+    """Known flaws that an experiment would repeat, each once."""
+    single = [flaw for run in runs for flaw in run_flaws(run)]
+    return list(dict.fromkeys([*single, *experiment_flaws(runs, list(given(experiment.vary)))]))
+
+
+def _unaccepted(study: Study, experiment: Experiment, flaws: list[Flaw]) -> list[str]:
+    return [f"experiment {experiment.name}: {flaw}" for flaw in flaws if flaw.id not in study.accept_flaws]
+
+
+def _needed_flaws(study: Study, experiments: list[PlannedExperiment]) -> list[str]:
+    """The whole list that a study needs, where it needs more than it accepts."""
+    needed = sorted({flaw.id for experiment in experiments for flaw in experiment.flaws})
+    if set(needed) <= set(study.accept_flaws):
+        return []
+    return [f"accept_flaws: the study runs as it is with [{', '.join(sorted({*needed, *study.accept_flaws}))}]"]
 
 
 def _same_id(experiment: Experiment, run: Run) -> str:
@@ -328,7 +359,8 @@ def _build(study: Study, point: Point) -> Run:
         prompt_template=template,
         factors=Factors(**{name: values[name] for name in Factors.model_fields}),
     )
-    return run.model_copy(update={"id": _run_id(study, run, definition)})
+    accepted = {flaw.id for flaw in run_flaws(run)} & set(study.accept_flaws) & set(LETS_THROUGH)
+    return run.model_copy(update={"id": _run_id(study, run, definition), "accept_flaws": tuple(sorted(accepted))})
 
 
 def _run_id(study: Study, run: Run, definition: Method) -> str:
@@ -365,7 +397,13 @@ def _base_run(study: Study, run: Run) -> Run:
     kept = ("max_length", "precision", "attention", "threads_per_process", *EVALUATION_FACTORS)
     factors = Factors(**{name: getattr(run.factors, name) for name in kept})
     base = run.model_copy(
-        update={"id": "", "method_name": BASE_METHOD, "method": BaseMethod(kind="base"), "factors": factors}
+        update={
+            "id": "",
+            "method_name": BASE_METHOD,
+            "method": BaseMethod(kind="base"),
+            "factors": factors,
+            "accept_flaws": (),
+        }
     )
     usual = Factors().model_dump() | given(study.defaults)
     differing = [
@@ -391,6 +429,10 @@ def reasons_against(run: Run) -> list[str]:
             f"reshard_after_forward false keeps gathered weights, and strategy {factors.strategy} gathers none; "
             "use fsdp or hybrid, or leave it true"
         )
+    if factors.fsdp_unit != "block" and factors.strategy not in ("fsdp", "hybrid"):
+        reasons.append(f"fsdp_unit {factors.fsdp_unit} is about sharding, strategy {factors.strategy} shards nothing")
+    if factors.extraction == "hpml" and run.dataset.task not in ("gsm8k", "arithmetic"):
+        reasons.append(f"extraction hpml reads numbers, task {run.dataset.task} has none")
     if factors.max_steps is None and factors.epochs is None:
         reasons.append("max_steps and epochs are both null; one of them must end the training")
     if factors.max_steps is not None and factors.warmup_steps >= factors.max_steps:

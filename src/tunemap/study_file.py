@@ -23,6 +23,7 @@ from tunemap.errors import UserError, nearest, unknown_key
 from tunemap.hardware import load_hardware
 from tunemap.models.locate import model_files
 from tunemap.paths import expanded
+from tunemap.scales import at_scale
 from tunemap.study import Plan, plan_study
 
 Location = tuple[str | int, ...]
@@ -43,10 +44,10 @@ class YamlFile:
     problems: list[str]
 
 
-def load_plan(path: Path, *, data_root: str | None = None) -> Plan:
-    """Read a study file and expand it.
+def load_plan(path: Path, *, data_root: str | None = None, scale: str | None = None) -> Plan:
+    """Read a study file and expand it, at the scale that is named.
 
-    `data_root` replaces the file's own. Raises UserError that lists every problem of the file.
+    `data_root` replaces the file's own and the scale's. Raises UserError that lists every problem of the file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such study file")
@@ -55,12 +56,10 @@ def load_plan(path: Path, *, data_root: str | None = None) -> Plan:
         raise UserError(
             "\n".join(f"{path}: {problem}" for problem in file.problems or ["a study is a mapping of keys"])
         )
-    values = dict(file.values)
-    if data_root is not None:
-        values["data_root"] = data_root
-    study, problems = _validate(values, file)
+    study, problems = _validate(dict(file.values), file)
     plan = None
     if study is not None:
+        study = _chosen(study, path, data_root, scale)
         plan, found = plan_study(study)
         problems += found + _texts_for_numbers(study) + _missing_files(study)
     problems = list(dict.fromkeys(file.problems + problems))
@@ -68,6 +67,15 @@ def load_plan(path: Path, *, data_root: str | None = None) -> Plan:
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         raise UserError("\n".join([f"{path}: {count}", *(f"  - {problem}" for problem in problems)]))
     return plan
+
+
+def _chosen(study: Study, path: Path, data_root: str | None, scale: str | None) -> Study:
+    """The study at a scale, with what the command line gives."""
+    try:
+        study = at_scale(study, scale)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return study if data_root is None else study.model_copy(update={"data_root": data_root})
 
 
 def _texts_for_numbers(study: Study) -> list[str]:

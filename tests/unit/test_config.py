@@ -45,7 +45,7 @@ def test_unset_factors_have_their_defaults():
 
 
 def test_evaluation_factors_are_marked():
-    assert {"evaluation_batch_size", "max_new_tokens"} == EVALUATION_FACTORS
+    assert {"evaluation_batch_size", "max_new_tokens", "extraction"} == EVALUATION_FACTORS
 
 
 @pytest.mark.parametrize(

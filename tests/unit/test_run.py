@@ -125,6 +125,7 @@ def test_every_factor_is_in_the_digest_that_it_belongs_to(name):
     changes = {
         "strategy": "ddp", "batching": "packed", "precision": "bf16", "gradient_checkpointing": True,
         "attention": "eager", "compile": True, "optimizer": "adamw_8bit", "schedule": "cosine",
+        "fsdp_unit": "model", "extraction": "hpml", "reshard_after_forward": False,
     }  # fmt: skip
     run, other = make(), make(**{name: changes.get(name, 77)})
     assert run.evaluation_digest != other.evaluation_digest
@@ -171,7 +172,7 @@ def test_rows_depend_on_neither_prompts_nor_what_is_accepted():
     run = make(dataset=plain)
     for change in ({"system_prompt": "x"}, {"prompt_template": "t"}, {"accept_truncation": True}):
         assert make(dataset=plain | change).dataset_key == run.dataset_key
-    for change in ({"seed": 1}, {"train_rows": 11}, {"test_rows": 5}):
+    for change in ({"seed": 1}, {"train_rows": 11}, {"test_rows": 5}, {"held_out_share": 0.1}):
         assert make(dataset=plain | change).dataset_key != run.dataset_key
 
 

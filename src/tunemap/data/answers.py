@@ -15,6 +15,8 @@ from decimal import Decimal, InvalidOperation
 
 STRICT = re.compile(r"#### (-?\$?-?[0-9.,]+)")  # lm-eval: #### (\-?[0-9\.\,]+)
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+HPML_MARKERS = ("final answer:", "answer:", "the answer is", "therefore")
+HPML_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 NUMBER_TASKS = ("gsm8k", "arithmetic")
 
 
@@ -29,16 +31,20 @@ class Score:
     malformed: bool
 
 
-def score(task: str, output: str, reference: str) -> Score:
+def score(task: str, output: str, reference: str, *, extraction: str = "lm_eval") -> Score:
     """Score one output against its reference answer: numbers for gsm8k and arithmetic, else exact match.
 
-    Exact match compares stripped text; its flexible form ignores case, spaces and a final full stop.
+    Exact match compares stripped text; its flexible form ignores case, spaces and a final full stop. With `extraction`
+    "hpml", `correct` and `extracted_strict` follow the rule of a published study (`extract_hpml`).
     """
     if task not in NUMBER_TASKS:
         text, expected = output.strip(), reference.strip()
         return Score(text, _loose(text), text == expected, _loose(text) == _loose(expected), not text)
     expected = extract_strict(reference) or extract_flexible(reference) or ""
     strict, flexible = extract_strict(output), extract_flexible(output)
+    if extraction == "hpml":
+        read, due = extract_hpml(output), extract_hpml(reference)
+        return Score(read, flexible, read == due, equal(flexible, expected), "####" not in output)
     return Score(strict, flexible, equal(strict, expected), equal(flexible, expected), strict is None)
 
 
@@ -54,6 +60,23 @@ def extract_flexible(text: str) -> str | None:
         if (number := clean(match.group(0))) is not None:
             return number
     return None
+
+
+def extract_hpml(text: str) -> str:
+    """The rule of the study "HPML" (https://github.com/brian-xue/HPML-proj, src/evaluator.py), which compares text.
+
+    After the last `####`; else after the last of the first marker that occurs; else the last number; else everything.
+    "#### 72 clips", "#### $72" and "#### 72.0" are wrong by it where 72 is due.
+    """
+    lower = text.lower()
+    marker = next((one for one in HPML_MARKERS if one in lower), None)
+    if "####" in text:
+        read = text.rsplit("####", 1)[1]
+    elif marker is not None:
+        read = text[lower.rfind(marker) + len(marker) :]
+    else:
+        read = ([match.group(0) for match in HPML_NUMBER.finditer(text)] or [text])[-1]
+    return " ".join(read.lower().replace(",", "").split())
 
 
 def clean(number: str) -> str | None:

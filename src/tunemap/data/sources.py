@@ -11,6 +11,7 @@ An id ends in the row's number in its source, whatever rows were chosen.
 from __future__ import annotations
 
 import csv
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ def prepare(dataset: DatasetConfig, destination: Path, *, data_root: Path | None
     out, counted and named in dataset.json. Rows are chosen by `seed`; a larger choice contains a smaller one.
     """
     raw = read_source(dataset, data_root)
+    if dataset.held_out_share is not None:
+        raw = hold_out(raw, dataset.held_out_share, dataset.seed)
     prompt_field, _ = columns(dataset)
     held_out = {normalised(text_of(record, prompt_field, "test row")) for record in raw.test}
     train_prompts = [normalised(text_of(record, prompt_field, "train row")) for record in raw.train]
@@ -113,6 +116,17 @@ def read_source(dataset: DatasetConfig, data_root: Path | None) -> RawData:
         return _read_hub(str(folder), dataset.subset, None, dataset)
     (_, train_file), (test_split, test_file) = files.items()
     return RawData(read_records(train_file), read_records(test_file), test_split)
+
+
+def hold_out(raw: RawData, share: float, seed: int) -> RawData:
+    """A share of the training rows in place of the test split, the rows that `datasets.train_test_split` would choose.
+
+    Of GSM8K's 7,473 rows, a share of 0.05 and seed 42 leave 7,099 and hold out 374, as one published study did.
+    """
+    order = np.random.default_rng(seed).permutation(len(raw.train))
+    held_out, kept = np.split(order, [math.ceil(share * len(raw.train))])
+    train, test = ([raw.train[index] for index in np.sort(chosen)] for chosen in (kept, held_out))
+    return RawData(train, test, "train-held-out", raw.label_names)
 
 
 def read_records(path: Path) -> list[Record]:

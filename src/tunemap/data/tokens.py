@@ -84,6 +84,7 @@ class Tokens:
     test: Examples
     test_rows: tuple[dict[str, str], ...]
     statistics: dict[str, Any]
+    test_split: str = "test"  # what the source calls the rows that answers are counted on
 
 
 def tokenize(
@@ -123,6 +124,7 @@ def tokenize(
         "pad_token_id": _pad_token_id(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "label_names": dataset.get("label_names") or [],
+        "test_split": dataset["splits"]["test"],
     }
     statistics = dataset_statistics(train, test, max_length=max_length)
     statistics["rows_in_template"] = {
@@ -146,6 +148,7 @@ def load_tokens(folder: Path) -> Tokens:
         test=_read_examples(folder / TEST),
         test_rows=tuple(read_rows(folder / TEST_ROWS)),
         statistics=read_json(folder / STATISTICS),
+        test_split=manifest["test_split"],
     )
 
 

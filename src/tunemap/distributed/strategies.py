@@ -23,13 +23,15 @@ def wrap(
     *,
     compute: torch.dtype | None = None,
     reshard_after_forward: bool,
+    unit: str = "block",
 ) -> nn.Module:
     """Spread `model` over the world; the same code runs at world size 1, so that it can be the baseline.
 
     `compute` is the dtype of matrix products under autocast: gathered weights then travel in it, half the bytes.
     `reshard_after_forward`: whether FSDP frees a block's gathered weights after its forward pass and gathers them
     again for the backward pass (less memory), or keeps them (less communication). What lies outside of the blocks
-    stays gathered from forward to backward either way.
+    stays gathered from forward to backward either way. `unit`: "block", or "model" for a single unit that is gathered
+    whole, as in a published study; FSDP2 has no flat parameter, so frozen weights get no gradients there as they did.
 
     Raises RuntimeError if the result is not what was asked for (accelerate and the HF Trainer fall back to DDP in
     silence when asked for FSDP on a CPU).
@@ -44,7 +46,7 @@ def wrap(
     policy = (
         MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
     )
-    blocks = transformer_blocks(model)
+    blocks = transformer_blocks(model) if unit == "block" else []
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # the root: torch keeps its weights from forward to backward

@@ -17,7 +17,8 @@ DATA_FACTORS = frozenset(
 def unequal_factors(first: Point, second: Point, vary: list[str]) -> tuple[list[str], list[str]]:
     """Gate 7. What else than the varied factors differs: what forbids a comparison, and what must be said with it.
 
-    A factor that a method brings along (its own learning rate) is part of the method; it is allowed and named.
+    A factor that a method brings along (its own learning rate) is part of the method; it is allowed and named, unless
+    it changes what is trained on: a method that brings its own batch size is not compared.
     Hardware and package versions are factors that nobody wrote down. Speeds of batch 8 and batch 32 side by side
     once passed as a 3.6-fold gain of LoRA.
     """
@@ -32,7 +33,7 @@ def unequal_factors(first: Point, second: Point, vary: list[str]) -> tuple[list[
         text = f"{key} ({_value(left.get(key))} against {_value(right.get(key))})"
         origins = [point.planned.get("provenance", {}).get(key, "") for point in (first, second)]
         brought = "method" in vary and any(origin == "method" or origin.startswith("method ") for origin in origins)
-        (named if brought else refused).append(text)
+        (named if brought and key not in DATA_FACTORS else refused).append(text)
     for key in ("model", "dataset"):
         if key not in vary and first.planned.get(key) != second.planned.get(key):
             refused.append(f"the definition of {key} {left[key]}")

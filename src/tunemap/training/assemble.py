@@ -119,6 +119,7 @@ def assemble(
         world,
         compute=_gathered_dtype(run, precision),
         reshard_after_forward=factors.reshard_after_forward,
+        unit=factors.fsdp_unit,
     )
     optimizer = optimizer_of(unwrap(shared), factors, learning_rate_ratio=adapted.learning_rate_ratio)
     scaler = torch.amp.GradScaler(world.device.type) if precision.scaler else None

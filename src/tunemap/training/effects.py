@@ -95,8 +95,8 @@ def _packed_layers(model: nn.Module) -> tuple[int, int]:
 
 
 def gathering_gates(run: Run, collectives: Sequence[Collective], blocks: int) -> list[GateResult]:
-    """Gate on the weights that one step gathered; none where nothing is sharded over several devices."""
-    if run.factors.strategy not in ("fsdp", "hybrid") or run.factors.gpus == 1:
+    """Gate on the weights that one step gathered; none where nothing is sharded over several devices, or in blocks."""
+    if run.factors.strategy not in ("fsdp", "hybrid") or run.factors.gpus == 1 or run.factors.fsdp_unit == "model":
         return []
     gathers = sum(one.calls for one in collectives if one.kind == "all_gather")
     micro_batches, asked = run.factors.gradient_accumulation, run.factors.reshard_after_forward

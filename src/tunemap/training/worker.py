@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunemap.files import read_json, sha256_of, write_json
+from tunemap.flaws import let_through
 from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, tripped
 from tunemap.measure.clock import PartsTimer, process_age_s
 from tunemap.run import Run
@@ -148,7 +149,7 @@ def _train(job: Job, progress: Progress) -> None:
         write_json(job.work / ENVIRONMENT, _environment(job, world))
     with progress.during("data"), parts.part("load"):
         tokens = load_tokens(job.tokens)
-        progress.check(_data_gates(job, tokens))
+        progress.check(let_through(_data_gates(job, tokens), run.accept_flaws))
         schedule = schedule_of(factors, tokens, world)
     with progress.during("load"), parts.part("load"):
         found = checkpoint.find(job.work, world, digest=run.training_digest)
@@ -170,7 +171,7 @@ def _train(job: Job, progress: Progress) -> None:
             checkpoint.restore(job.work, state, world, found.manifest)
         if world.is_main:
             print(found.message, flush=True)
-        progress.gates += assembled.gates
+        progress.gates += let_through(assembled.gates, run.accept_flaws)
         observer = Observer(run, world, schedule, assembled)
     with progress.during("train"), parts.part("training"):
         _run_loop(job, progress, parts, world, tokens, schedule, assembled, observer)

@@ -93,3 +93,25 @@ def test_references_of_gsm8k_are_correct_answers_to_themselves(gsm8k_rows: list[
 def test_other_tasks_need_the_exact_text(output: str, exact: bool, flexible: bool) -> None:
     found = score("generation", output, "Paris")
     assert (found.correct, found.correct_flexible, found.malformed) == (exact, flexible, not output)
+
+
+@pytest.mark.parametrize(
+    ("output", "read"),
+    [
+        ("48/2 = 24\n#### 72", "72"),
+        ("#### 1,234", "1234"),
+        ("#### 72 clips", "72 clips"),
+        ("#### $72", "$72"),
+        ("#### 72.0", "72.0"),
+        ("#### 7\n#### 72", "72"),
+        ("Final answer: 72", "72"),
+        ("The answer is 72.", "72."),
+        ("Therefore she has 24 left, 72 in all", "she has 24 left 72 in all"),
+        ("First 24, then 72 clips", "72"),
+        ("no number", "no number"),
+    ],
+)
+def test_the_rule_of_a_published_study(output, read):
+    scored = score("gsm8k", output, "so\n#### 72", extraction="hpml")
+    assert scored.extracted_strict == read
+    assert scored.correct == (read == "72")

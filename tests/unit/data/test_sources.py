@@ -286,3 +286,18 @@ def test_planning_learns_the_files_without_heavy_imports(tmp_path: Path) -> None
 @pytest.mark.parametrize("source", ["made", "hub"])
 def test_made_and_hub_data_have_no_local_files(source: str) -> None:
     assert source_files(DatasetConfig(task="arithmetic", source=source, id="a/b"), None) == []
+
+
+def test_the_published_split_of_gsm8k(shared_data, tmp_path):
+    """7,099 rows to train on and 374 held out, the ones that `datasets.train_test_split(0.05, seed=42)` chooses."""
+    from datasets import Dataset
+
+    dataset = DatasetConfig(task="gsm8k", source="local", path=str(shared_data / "gsm8k"), held_out_share=0.05, seed=42)
+    prepare(dataset, tmp_path, data_root=None)
+    manifest = json.loads((tmp_path / "dataset.json").read_text())
+    assert manifest["rows"] == {"train": 7099, "test": 374}
+    assert manifest["splits"]["test"] == "train-held-out"
+    questions = [json.loads(line)["question"] for line in (shared_data / "gsm8k" / "train.jsonl").open()]
+    expected = Dataset.from_dict({"question": questions}).train_test_split(test_size=0.05, seed=42)["test"]["question"]
+    held_out = [json.loads(line)["prompt"] for line in (tmp_path / "test.jsonl").open()]
+    assert sorted(held_out) == sorted(expected)

@@ -392,7 +392,7 @@ class Factors(Section):
     )
     extraction: Literal["lm_eval", "hpml"] = _factor(
         "lm_eval",
-        "How an answer is read from an output: `lm_eval`, the first number after ####; `hpml`, the rule of one published "
+        "How an answer is read from an output: `lm_eval`, the first number after ####; `hpml`, the rule of a published "
         "study, which counts right answers as wrong and needs `accept_flaws: [F14]`.",
         "evaluate",
     )

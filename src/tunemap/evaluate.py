@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tunemap.config import AdapterMethod, LowRankMethod
+from tunemap.config import AdapterMethod, Factors, LowRankMethod
 from tunemap.data.answers import score
 from tunemap.data.collate import collate
 from tunemap.data.tokens import Tokens, load_tokens
@@ -51,7 +51,7 @@ def evaluate_share(
     if tokens.task_kind == "generation":
         limit = run.factors.max_new_tokens or int(tokens.statistics["longest_reference_tokens"])
         gates.append(generation_limit_gate(tokens.statistics, limit))
-        answer = partial(_generate, model, load_tokenizer(model_folder), tokens, limit, device)
+        answer = partial(_generate, model, load_tokenizer(model_folder), tokens, run.factors, limit, device)
     predictions: dict[int, Prediction] = {}
     count, started = sum(map(len, batches)), time.perf_counter()
     with torch.inference_mode(), PRECISIONS[run.factors.precision].autocast_context(device):
@@ -97,7 +97,7 @@ def load_trained(
 
 
 def _generate(
-    model: nn.Module, tokenizer: Any, tokens: Tokens, limit: int, device: str, indices: Indices
+    model: nn.Module, tokenizer: Any, tokens: Tokens, factors: Factors, limit: int, device: str, indices: Indices
 ) -> dict[int, Prediction]:
     """Greedy generation, left-padded so that all prompts of the batch end where generation begins."""
     input_ids, attention_mask = _left_padded([tokens.test.sequence(i) for i in indices], tokens.pad_token_id, device)
@@ -114,14 +114,14 @@ def _generate(
     ended = (generated == tokens.eos_token_id).any(dim=1).tolist()
     texts = tokenizer.batch_decode(_until_end(generated, tokens), skip_special_tokens=True)
     return {
-        index: _scored(tokens, index, text, truncated=not end)
+        index: _scored(tokens, index, text, extraction=factors.extraction, truncated=not end)
         for index, text, end in zip(indices.tolist(), texts, ended, strict=True)
     }
 
 
-def _scored(tokens: Tokens, index: int, text: str, *, truncated: bool) -> Prediction:
+def _scored(tokens: Tokens, index: int, text: str, *, extraction: str, truncated: bool) -> Prediction:
     row = tokens.test_rows[index]
-    scored = score(tokens.task, text, row["reference"])
+    scored = score(tokens.task, text, row["reference"], extraction=extraction)
     return Prediction(
         id=row["id"],
         prompt=row["prompt"],

@@ -64,7 +64,7 @@ def evaluate_to_files(
         work.mkdir(parents=True)
         failure = _run_processes(run, device, model=model, tokens=tokens, weights=weights, work=work)
         if failure is None:
-            summary, rows = _combined(work, tokens)
+            summary, rows = _combined(run, work, tokens)
             result |= summary
         else:
             where = f"process {failure.rank}: " if run.factors.gpus > 1 else ""
@@ -75,13 +75,13 @@ def evaluate_to_files(
     write_json(evaluation, result)
 
 
-def _combined(work: Path, tokens: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _combined(run: Run, work: Path, tokens: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Summary and predictions of all processes."""
     from tunemap.data.tokens import load_tokens
     from tunemap.predictions import combine, share_from_json
 
     shares = [share_from_json(read_json(path)) for path in sorted(work.glob("share.rank*.json"))]
-    summary, predictions = combine(shares, load_tokens(tokens))
+    summary, predictions = combine(shares, load_tokens(tokens), extraction=run.factors.extraction)
     return summary, [asdict(prediction) for prediction in predictions]
 
 

@@ -68,7 +68,9 @@ def batches_of(lengths: npt.ArrayLike, batch_size: int, *, rank: int, world_size
     return batches[rank::world_size]
 
 
-def combine(shares: Sequence[Share], tokens: Tokens) -> tuple[dict[str, Any], list[Prediction]]:
+def combine(
+    shares: Sequence[Share], tokens: Tokens, *, extraction: str = "lm_eval"
+) -> tuple[dict[str, Any], list[Prediction]]:
     """The summary over all processes, and all predictions in the order of the test split.
 
     Raises RuntimeError unless each test example has exactly one prediction.
@@ -80,7 +82,7 @@ def combine(shares: Sequence[Share], tokens: Tokens) -> tuple[dict[str, Any], li
         )
     made = {place: prediction for share in shares for place, prediction in share.predictions.items()}
     predictions = [made[place] for place in places]
-    summary = summarise(predictions, tokens)
+    summary = summarise(predictions, tokens, extraction=extraction)
     return summary | {
         "processes": len(shares),
         "max_new_tokens": shares[0].max_new_tokens,
@@ -89,7 +91,10 @@ def combine(shares: Sequence[Share], tokens: Tokens) -> tuple[dict[str, Any], li
     }, predictions
 
 
-def summarise(predictions: Sequence[Prediction], tokens: Tokens) -> dict[str, Any]:
+METRICS = {"lm_eval": "exact_match_strict", "hpml": "exact_match_hpml"}  # of generation, by its extraction
+
+
+def summarise(predictions: Sequence[Prediction], tokens: Tokens, *, extraction: str) -> dict[str, Any]:
     """Accuracy with its 95 % Wilson interval, and the shares that explain it."""
     count, correct = len(predictions), sum(prediction.correct for prediction in predictions)
     interval = wilson(correct, count)
@@ -97,8 +102,8 @@ def summarise(predictions: Sequence[Prediction], tokens: Tokens) -> dict[str, An
     return {
         "task": tokens.task,
         "task_kind": tokens.task_kind,
-        "split": "test",
-        "metric": "exact_match_strict" if generation else "accuracy",
+        "split": tokens.test_split,
+        "metric": METRICS[extraction] if generation else "accuracy",
         "n": count,
         "correct": correct,
         "accuracy": correct / count,

@@ -115,7 +115,9 @@ def test_adapters_of_two_dtypes_are_f05_unless_the_dtype_is_varied(tmp_path):
 
 
 TIED = "vary: {optimizer: [adamw, paged_adamw], precision: [fp16, bf16], max_length: [128, 64]}"
-ONLY = "only: [{optimizer: adamw, precision: fp16, max_length: 128}, {optimizer: paged_adamw, precision: bf16, max_length: 64}]"
+ONLY = """only:
+      - {optimizer: adamw, precision: fp16, max_length: 128}
+      - {optimizer: paged_adamw, precision: bf16, max_length: 64}"""
 
 
 def test_factors_that_change_together_are_f40(tmp_path):

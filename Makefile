@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format types bench fuzz clean
+.PHONY: help install demo test slurm-campaign lint format types bench fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,10 @@ demo: install ## run the default study on this machine's CPU and write its repor
 
 test: install lint ## run every test
 	pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
+slurm-campaign: install ## disturb runs on a real Slurm in every way (20 minutes), and print what a job costs
+	pytest -m slow_slurm tests/slurm
+	python benchmarks/slurm_overhead.py
 
 lint: install ## format, style, types, and Snakemake's own linter
 	ruff check .

@@ -30,6 +30,8 @@ COMMANDS = (
     Command("explain", "every factor of a run, and where its value came from", "tunemap.inspect",
             "add_explain_arguments", "run_explain"),
     Command("diff", "the factors in which two runs differ", "tunemap.inspect", "add_diff_arguments", "run_diff"),
+    Command("status", "how far a study is: what waits, trains, has ended, or failed and why", "tunemap.status",
+            "add_status_arguments", "run_status"),
     Command("retry", "forget failed runs, so that the next start repeats them", "tunemap.inspect",
             "add_retry_arguments", "run_retry"),
     Command("gc", "list or remove results that no run of a study uses any more", "tunemap.inspect",

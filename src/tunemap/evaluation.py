@@ -87,7 +87,7 @@ def _combined(run: Run, work: Path, tokens: Path) -> tuple[dict[str, Any], list[
 
 def _run_processes(run: Run, device: str, *, work: Path, **folders: Path) -> Failure | None:
     """Run all processes to their end, or all of them to the failure of the first."""
-    count = run.factors.gpus
+    count = run.factors.gpus // run.factors.nodes  # an evaluation keeps to one node
     write_json(work / RUN_FILE, run.evaluation_spec())
     processes: list[subprocess.Popen[bytes]] = []
     try:

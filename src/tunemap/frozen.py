@@ -19,6 +19,8 @@ from tunemap.errors import UserError
 from tunemap.files import read_json, write_atomic
 from tunemap.models.locate import model_files
 from tunemap.paths import expanded
+from tunemap.planner.cache import known_prediction
+from tunemap.planner.prediction import Prediction
 from tunemap.run import Run, canonical_json, digest
 from tunemap.study import Plan
 
@@ -60,6 +62,10 @@ class FrozenPlan:
         keys = ("model_key", "dataset_key", "tokens_key")
         return {key: {getattr(run, key): run for run in self.runs.values()} for key in keys}
 
+    @cached_property
+    def _predictions(self) -> dict[str, Prediction]:
+        return {}
+
     @property
     def captures(self) -> list[str]:
         """Runs that are repeated under a profiler, each once however many experiments ask for it."""
@@ -72,6 +78,16 @@ class FrozenPlan:
     def evaluation_spec(self, run: str) -> str:
         """Canonical JSON of what evaluation of a run depends on."""
         return canonical_json(self.runs[run].evaluation_spec())
+
+    def prediction(self, run: str) -> Prediction | None:
+        """What `tunemap plan` found out about a run; None where it was not asked."""
+        if run not in self._predictions:  # an absent one is asked for again: data are prepared meanwhile
+            hardware = self.values["hardware"]
+            found = known_prediction(self.runs[run], device=hardware["device"], description=hardware["description"])
+            if found is None:
+                return None
+            self._predictions[run] = found
+        return self._predictions[run]
 
     def model_spec(self, key: str) -> str:
         """Canonical JSON of the model that a folder of prepared models holds."""

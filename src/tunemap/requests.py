@@ -1,13 +1,16 @@
-"""What the jobs of a run ask a scheduler for: devices, cores, memory and time.
+"""What the jobs of a run ask a scheduler for: cores, memory and time.
 
-Sizes follow from the run, never from the site. A repeated job asks for more memory and time, since those are what a
-repetition can help: `attempt` counts from 1.
+Sizes follow from the run, never from the site: from what `tunemap plan` predicts for it, and by rules of thumb where it
+has not been asked. A repeated job asks for more memory and time, since those are what a repetition can help: `attempt`
+counts from 1. Imports no torch.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from tunemap.planner.prediction import Prediction
 from tunemap.run import Run
 
 PROCESS_BYTES = 3 << 30  # Python, torch and a CUDA context of one process
@@ -17,9 +20,9 @@ LOADING_COPIES = 3
 # Training on a CPU besides: fp32 weights, gradients and two moments of weights that were stored in 16 bits.
 TRAINING_COPIES = 8
 UNKNOWN_MODEL_BYTES = 4 << 30  # before the model is prepared
-SAFETY = 1.5
+SAFETY = 1.5  # a prediction is off by so much now and then; a limit that is too short costs more than one too long
 LOAD_MINUTES = 20.0  # for all that is not training: loading, compiling, saving
-UNKNOWN_TRAINING_MINUTES = 220.0
+UNKNOWN_TRAINING_MINUTES = 220.0  # where nothing is predicted
 STEP_DOWN_S = 120  # before its time limit a job is told to write a checkpoint
 
 
@@ -34,24 +37,32 @@ def node_cpus(run: Run, *, device: str) -> int:
     return gpus_per_node(run) * per_process
 
 
-def training_memory_mb(run: Run, *, device: str, model_bytes: int | None, attempt: int) -> int:
-    """Host memory of one node in MB, doubled by each further attempt."""
-    copies = LOADING_COPIES + (TRAINING_COPIES if device == "cpu" else 0)
-    process = PROCESS_BYTES + copies * (UNKNOWN_MODEL_BYTES if model_bytes is None else model_bytes)
+def training_memory_mb(
+    run: Run, *, device: str, model_bytes: int | None, predicted: Prediction | None, attempt: int
+) -> int:
+    """Host memory of one node in MB, doubled by each further attempt; never less than loading the model takes."""
+    size = UNKNOWN_MODEL_BYTES if model_bytes is None else model_bytes
+    training = TRAINING_COPIES * size if device == "cpu" else 0
+    if predicted is not None and predicted.host_peak_bytes is not None:
+        training = round(SAFETY * predicted.host_peak_bytes)
+    process = PROCESS_BYTES + max(LOADING_COPIES * size, training)
     return _mb((JOB_BYTES + gpus_per_node(run) * process) * 2 ** (attempt - 1))
 
 
-def evaluation_memory_mb(*, model_bytes: int | None, attempt: int) -> int:
+def evaluation_memory_mb(run: Run, *, model_bytes: int | None, attempt: int) -> int:
     """Host memory of an evaluation in MB, doubled by each further attempt."""
-    size = UNKNOWN_MODEL_BYTES if model_bytes is None else model_bytes
-    return _mb((JOB_BYTES + PROCESS_BYTES + LOADING_COPIES * size) * 2 ** (attempt - 1))
+    process = PROCESS_BYTES + LOADING_COPIES * (UNKNOWN_MODEL_BYTES if model_bytes is None else model_bytes)
+    return _mb((JOB_BYTES + gpus_per_node(run) * process) * 2 ** (attempt - 1))
 
 
-def training_minutes(run: Run, *, attempt: int) -> int:
-    """Time limit of a training job: what is predicted × safety × attempt; a limit of the run itself comes first."""
-    limit = run.factors.time_limit_minutes
-    training = UNKNOWN_TRAINING_MINUTES if limit is None else limit
-    return round((training + LOAD_MINUTES) * (1.0 if limit is not None else SAFETY) * attempt)
+def training_minutes(run: Run, *, predicted: Prediction | None, attempt: int) -> int:
+    """Time limit of a training job: what is predicted × safety × attempt, at most what the run itself is limited to."""
+    training = UNKNOWN_TRAINING_MINUTES
+    if predicted is not None and predicted.seconds_high is not None:
+        training = SAFETY * predicted.seconds_high / 60
+    if run.factors.time_limit_minutes is not None:
+        training = min(training, run.factors.time_limit_minutes)
+    return math.ceil((training + LOAD_MINUTES) * attempt)
 
 
 def prepared_bytes(folder: Path) -> int | None:

@@ -14,9 +14,16 @@ import pytest
 
 from tests.slurm.cluster import Cluster, why_not
 from tests.workflow.conftest import STUDY, Checkout, make_checkout
+from tunemap.study_file import load_plan
 
 # For tests in which nothing needs to be learned: says where it ran, waits, and ends as `behaviour.json` tells.
 STUB = Path(__file__).with_name("stub_train_run.py")
+MAKE_FOLDER = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--destination") + 1])
+folder.mkdir()
+(folder / "model.safetensors").write_bytes(b"weights")
+"""
 LIMIT_S = 300.0
 
 
@@ -33,7 +40,7 @@ class SlurmCheckout(Checkout):
 
     def command(self, *arguments: str) -> list[str]:
         """The literal command, with the study of the test."""
-        return ["snakemake", "--profile", "slurm", "--configfile", self.study_file.name, *arguments]
+        return ["snakemake", *arguments, "--profile", "slurm", "--configfile", self.study_file.name]
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Snakemake as a process of its own session, its messages in snakemake.log."""
@@ -46,6 +53,11 @@ class SlurmCheckout(Checkout):
             stderr=log,
             start_new_session=True,
         )
+
+    def targets(self) -> list[str]:
+        """The outcomes of all runs but the row without fine-tuning."""
+        runs = load_plan(self.study_file, data_root=str(self.root / "data")).runs.values()
+        return [f"results/small/runs/{run.id}/outcome.json" for run in runs if not run.is_base]
 
     @property
     def log(self) -> str:
@@ -61,7 +73,10 @@ class SlurmCheckout(Checkout):
 
     def behave(self, **of_runs: dict) -> None:
         """Put the stub in the place of training, with what each run (by the name of its method) shall do."""
-        (self.root / "workflow" / "scripts" / "train_run.py").write_text(STUB.read_text())
+        scripts = self.root / "workflow" / "scripts"
+        (scripts / "train_run.py").write_text(STUB.read_text())
+        for name in ("prepare_model", "prepare_dataset", "tokenize_dataset"):
+            (scripts / f"{name}.py").write_text(MAKE_FOLDER)
         (self.root / "behaviour.json").write_text(json.dumps(of_runs))
 
     def reports(self) -> list[dict]:

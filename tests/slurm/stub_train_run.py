@@ -1,6 +1,6 @@
 """Stands in for train_run.py where only scheduling is looked at: says where it ran, and ends as it is told.
 
-behaviour.json: method name -> {"sleep": seconds, "needs_mb": memory that it must have been given, "code": exit code}.
+behaviour.json: method name -> {"sleep": seconds, "fails_first": whether all but the last attempt fail}.
 """
 
 import argparse
@@ -9,8 +9,6 @@ import os
 import sys
 import time
 from pathlib import Path
-
-import tunemap.training.launch  # noqa: F401  what the workflow declares as source stays the same
 
 parser = argparse.ArgumentParser()
 for name in ("spec", "device", "model", "dataset", "tokens", "work", "weights", "steps", "outcome", "ceilings"):
@@ -27,9 +25,9 @@ said = {
     "job": job,
     "node": os.environ.get("SLURMD_NODENAME"),
     "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
-    "threads": os.environ.get("OMP_NUM_THREADS"),
+    "configuration": os.environ.get("SLURM_CONF"),
     "attempts_left": arguments.attempts_left,
-    "learning_rate": spec["factors"]["learning_rate"],
+    "rank": spec["method"].get("rank"),
     "began": time.time(),
     "ended": None,
 }
@@ -41,5 +39,5 @@ if attempt_fails:
     sys.exit(7)
 Path(arguments.weights).mkdir(parents=True, exist_ok=True)
 Path(arguments.steps).write_text("")
-outcome = {"run": spec["id"], "digest": "", "outcome": "ok", "reason": None, "learning_rate": said["learning_rate"]}
+outcome = {"run": spec["id"], "digest": "", "outcome": "ok", "reason": None}
 Path(arguments.outcome).write_text(json.dumps(outcome))

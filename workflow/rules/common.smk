@@ -157,17 +157,24 @@ def run_mem_mb(wildcards, attempt):
         PLAN.runs[wildcards.run],
         device=PLAN.device,
         model_bytes=model_bytes(wildcards),
+        predicted=PLAN.prediction(wildcards.run),
         attempt=attempt,
     )
 
 
 def run_runtime(wildcards, attempt):
-    return requests.training_minutes(PLAN.runs[wildcards.run], attempt=attempt)
+    return requests.training_minutes(
+        PLAN.runs[wildcards.run],
+        predicted=PLAN.prediction(wildcards.run),
+        attempt=attempt,
+    )
 
 
 def evaluation_mem_mb(wildcards, attempt):
     return requests.evaluation_memory_mb(
-        model_bytes=model_bytes(wildcards), attempt=attempt
+        PLAN.runs[wildcards.run],
+        model_bytes=model_bytes(wildcards),
+        attempt=attempt,
     )
 
 
@@ -199,9 +206,9 @@ def run_gres(wildcards):
 
 
 def evaluation_threads(wildcards):
-    """An evaluation has as many processes as the training had; they share its batches."""
+    """An evaluation has as many processes as the training had on a node; they share its batches."""
     factors = PLAN.runs[wildcards.run].factors
-    return factors.gpus * factors.threads_per_process
+    return factors.gpus // factors.nodes * factors.threads_per_process
 
 
 def run_gpus(wildcards):
@@ -218,7 +225,8 @@ def run_all_gpus(wildcards):
 
 
 def evaluation_gpus(wildcards):
-    return 0 if PLAN.device == "cpu" else PLAN.runs[wildcards.run].factors.gpus
+    factors = PLAN.runs[wildcards.run].factors
+    return 0 if PLAN.device == "cpu" else factors.gpus // factors.nodes
 
 
 def device(wildcards):

@@ -7,6 +7,7 @@ Everything else follows from them: summaries in outcome.json and evaluation.json
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import math
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.errors import UserError
-from tunemap.files import read_json
+from tunemap.files import read_json, sha256_of
 
 PLAN = "plan.json"
+CHECKSUMS = "SHA256SUMS"  # at the root of an artifact
 RELATIVE_TOLERANCE = 1e-9  # of sums taken again in the same order, after a round trip through decimal text
 
 
@@ -37,7 +39,7 @@ def run_verify(args: argparse.Namespace) -> int:
             print(f"note: {others} runs were made by other sources of this package, whose definitions may differ")
         print(f"{len(differences)} difference(s) between the results of {runs} runs and what follows from their files")
         return 1
-    print(f"{runs} runs: digests, summaries, gates and tables all follow from the raw files")
+    print(f"{runs} runs: digests, summaries, gates, tables and figures all follow from the raw files")
     return 0
 
 
@@ -57,12 +59,29 @@ def verify(results_dir: Path) -> list[str]:
     if not (results_dir / PLAN).exists():
         raise UserError(f"{results_dir}: no {PLAN}; give the folder of a study, such as results/quickstart")
     plan = read_json(results_dir / PLAN)
-    differences: list[str] = []
+    differences = list(_checksum_differences(results_dir))
     for run, planned in plan["runs"].items():
         differences += _plan_differences(run, planned)
         differences += _run_differences(results_dir / "runs" / run, planned)
         differences += _evaluation_differences(results_dir / "evaluations" / run, planned)
-    return differences + list(_table_differences(results_dir))
+    differences += [*_measurement_table_differences(results_dir, plan), *_table_differences(results_dir)]
+    return differences + list(_figure_differences(results_dir))
+
+
+# --- checksums --------------------------------------------------------------------------------------------
+
+
+def _checksum_differences(results_dir: Path) -> Iterator[str]:
+    """In an unpacked artifact: every file that is not what was packed."""
+    root = results_dir.resolve().parent.parent
+    if not (root / CHECKSUMS).is_file():
+        return
+    for line in (root / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if not (root / name).is_file():
+            yield f"{name}: no such file, but {CHECKSUMS} has it"
+        elif sha256_of(root / name) != digest:
+            yield f"{name}: its SHA-256 is not the one in {CHECKSUMS}: the file was changed after packing"
 
 
 # --- digests ----------------------------------------------------------------------------------------------
@@ -225,6 +244,23 @@ def _accuracy(evaluation: dict[str, Any], predictions: list[dict[str, Any]]) -> 
 # --- tables -----------------------------------------------------------------------------------------------
 
 
+def _measurement_table_differences(results_dir: Path, plan: dict[str, Any]) -> Iterator[str]:
+    """Measurements that follow from nothing (memory, energy) are at least what the table of runs says of them."""
+    path = results_dir / "tables" / "runs.csv"
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            outcome = results_dir / "runs" / row["run"] / "outcome.json"
+            if row["run"] not in plan["runs"] or not outcome.is_file():
+                continue
+            for name, value in read_json(outcome).get("measurements", {}).items():
+                text = row.get(name)
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if is_number and text and not _same(value, float(text)):
+                    yield f"{outcome}: measurements: {name} is {value!r}, {path} says {text}"
+
+
 def _table_differences(results_dir: Path) -> Iterator[str]:
     from tunemap.collect import collect, table_texts
 
@@ -239,6 +275,24 @@ def _table_differences(results_dir: Path) -> Iterator[str]:
             yield f"{path}: no such file"
         elif (found := path.read_text(encoding="utf-8")) != text:
             yield f"{path}: {_first_difference(found, text)}"
+
+
+def _figure_differences(results_dir: Path) -> Iterator[str]:
+    """Captions and alternative texts of the figures, which say their numbers; the drawing itself is matplotlib's."""
+    path = results_dir / "figures" / "figures.json"
+    if not path.is_file():
+        return
+    from tunemap.report.figures import describe  # matplotlib takes a second
+
+    try:
+        due = {drawing["name"]: drawing for drawing in describe(results_dir)}
+    except (UserError, KeyError, ValueError) as error:
+        yield f"{path}: figures cannot be derived: {error}"
+        return
+    found = {drawing["name"]: drawing for drawing in read_json(path)}
+    for name in dict.fromkeys([*found, *due]):
+        if found.get(name) != due.get(name):
+            yield f"{path}: {name} is not what the tables give"
 
 
 def _first_difference(found: str, expected: str) -> str:

@@ -3,6 +3,10 @@
 import argparse
 import hashlib
 import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,9 @@ from tunemap.collect import write_tables
 from tunemap.config import BaseMethod, DatasetConfig, Factors, FullMethod, LoraMethod, TinyModel
 from tunemap.data.answers import score
 from tunemap.errors import UserError
+from tunemap.report import figures
+from tunemap.report.artifact import pack
+from tunemap.report.figures import write_figures
 from tunemap.run import Run
 from tunemap.statistics import wilson
 from tunemap.training.steps import StepRecord, summarise_steps, to_csv
@@ -153,7 +160,7 @@ def test_a_sound_study_has_no_difference(study: Path, capsys: pytest.CaptureFixt
     parser = argparse.ArgumentParser()
     add_verify_arguments(parser)
     assert run_verify(parser.parse_args([str(study)])) == 0
-    assert "3 runs: digests, summaries, gates and tables all follow" in capsys.readouterr().out
+    assert "3 runs: digests, summaries, gates, tables and figures all follow" in capsys.readouterr().out
 
 
 def test_a_changed_step_is_found_by_checksum_and_by_its_summary(study: Path) -> None:
@@ -185,6 +192,7 @@ def test_a_measurement_that_follows_from_nothing_is_found_in_the_tables(study: P
     outcome["memory_by_rank"][0]["peak_allocated_bytes"] = 1000
     write(path, outcome)
     only(verify(study), "runs.csv", "line 3", "1000")
+    only(verify(study), str(path), "peak_allocated_bytes is 1000", "runs.csv says 2000")
 
 
 def test_an_invalid_run_made_ok_is_found(study: Path) -> None:
@@ -256,3 +264,113 @@ def test_results_of_other_sources_are_said_to_be(study: Path, capsys: pytest.Cap
     edit(study / "runs" / "lora" / "outcome.json", environment={"source_digest": "another"}, digest="x")
     assert run_verify(argparse.Namespace(results=study)) == 1
     assert "note: 1 runs were made by other sources of this package" in capsys.readouterr().out
+
+
+def test_a_changed_caption_is_found(study: Path, one_figure: None) -> None:
+    write_figures(study / "tables", study / "figures", study / "plan.json")
+    assert verify(study) == []
+    path = study / "figures" / "figures.json"
+    path.write_text(path.read_text().replace("n = 1 seed", "n = 9 seed", 1))
+    only(verify(study), "figures.json", "is not what the tables give")
+
+
+# --- the artifact -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing all of them takes seconds, and one of them shows whether its caption is compared."""
+    monkeypatch.setattr(figures, "KINDS", {"throughput": figures.KINDS["throughput"]})
+
+
+@pytest.fixture
+def unpacked(study: Path, repository: Path, tmp_path: Path, one_figure: None) -> Path:
+    """The artifact of the study, unpacked in an empty folder."""
+    checkout = study.parents[1]
+    write_figures(study / "tables", study / "figures", study / "plan.json")
+    (study / "runs" / "lora" / "weights").mkdir()
+    (study / "runs" / "lora" / "weights" / "adapter.safetensors").write_bytes(b"weights")
+    (study / "captures" / "lora").mkdir(parents=True)
+    (study / "captures" / "lora" / "trace.json").write_text("{}")
+    for name in ("envs/report.yaml", "requirements.lock", "Snakefile"):
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_bytes((repository / name).read_bytes())
+    (checkout / ".snakemake" / "metadata").mkdir(parents=True)
+    (checkout / ".snakemake" / "metadata" / "cmVz").write_text("{}")
+    (checkout / "src" / "__pycache__").mkdir(parents=True)
+    (checkout / "src" / "__pycache__" / "x.pyc").write_text("")
+    os.utime(study / "tables" / "runs.csv", (1_700_000_000, 1_700_000_000))
+    pack(checkout, study / "plan.json", study, study / "artifact.tar.gz", study_file="../my | study.yaml")
+    with tarfile.open(study / "artifact.tar.gz") as archive:
+        archive.extractall(tmp_path / "empty", filter="data")
+    return tmp_path / "empty" / "small-artifact"
+
+
+def test_an_unpacked_artifact_verifies(unpacked: Path) -> None:
+    assert verify(unpacked / "results" / "small") == []
+
+
+def test_an_artifact_has_what_a_reviewer_needs_and_no_more(unpacked: Path) -> None:
+    names = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+    assert {
+        "README.md",
+        "SHA256SUMS",
+        "ro-crate-metadata.json",
+        "environment.txt",
+        "requirements.lock",
+        "Snakefile",
+        ".snakemake/metadata/cmVz",
+        "results/small/plan.json",
+        "results/small/runs/lora/outcome.json",
+        "results/small/runs/lora/weights/adapter.safetensors",
+        "results/small/tables/runs.csv",
+    } <= names
+    assert not [name for name in names if "captures" in name or "pycache" in name or name.endswith(".tar.gz")]
+    assert (unpacked / "results/small/tables/runs.csv").stat().st_mtime == 1_700_000_000
+    readme = (unpacked / "README.md").read_text()
+    assert "e: Against full: lora is" in readme
+    assert "--configfile config/studies/my | study.yaml" in readme
+    pins = (unpacked / "requirements-verify.txt").read_text().splitlines()
+    assert any(pin.startswith("pandas==") for pin in pins)
+    assert not any(pin.startswith("torch") for pin in pins)
+    crate = json.loads((unpacked / "ro-crate-metadata.json").read_text())
+    listed = {entity["@id"] for entity in crate["@graph"]}
+    assert {"./", "results/small/runs/lora/outcome.json", "README.md", "ro-crate-metadata.json"} <= listed
+
+
+def digits() -> Iterator[tuple[str, str]]:
+    """One digit of one file of each kind: (file, pattern of the number)."""
+    yield "runs/lora/outcome.json", r'"peak_allocated_bytes": (\d)'
+    yield "runs/full/steps.csv", r"(\d)\.\d"
+    yield "evaluations/lora/evaluation.json", r'"correct": (\d)'
+    yield "tables/points.csv", r",(\d)\d"
+    yield "figures/figures.json", r"n = (\d)"
+
+
+@pytest.mark.parametrize(("name", "pattern"), list(digits()))
+def test_one_changed_digit_is_named(
+    unpacked: Path, name: str, pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = unpacked / "results" / "small" / name
+    text = path.read_text()
+    found = re.search(pattern, text)
+    assert found is not None
+    digit = str((int(found.group(1)) + 1) % 10)
+    path.write_text(text[: found.start(1)] + digit + text[found.end(1) :])
+    assert run_verify(argparse.Namespace(results=unpacked / "results" / "small")) == 1
+    named = [line for line in capsys.readouterr().out.splitlines() if f"results/small/{name}" in line]
+    assert any("SHA256SUMS" in line for line in named)
+    (unpacked / "SHA256SUMS").unlink()  # and without the list of checksums
+    only(verify(unpacked / "results" / "small"), name.rpartition("/")[2])
+
+
+def test_a_file_that_is_gone_from_an_artifact_is_named(unpacked: Path) -> None:
+    (unpacked / "requirements.lock").unlink()
+    only(verify(unpacked / "results" / "small"), "requirements.lock: no such file, but SHA256SUMS has it")
+
+
+def test_results_without_a_plan_make_no_artifact(tmp_path: Path, study: Path) -> None:
+    plan = study / "plan.json"
+    moved = plan.rename(tmp_path / "plan.json")
+    with pytest.raises(UserError, match=r"no plan.json; run the workflow first"):
+        pack(study.parents[1], moved, study, tmp_path / "artifact.tar.gz", study_file="config/config.yaml")

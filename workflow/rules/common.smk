@@ -88,6 +88,10 @@ def study_results(wildcards):
     ]
 
 
+def artifact_file(wildcards):
+    return f"results/{PLAN.study}/artifact.tar.gz"
+
+
 def data_root(wildcards):
     return PLAN.data_root
 

@@ -6,6 +6,8 @@ localrules:
     figures,
     database,
     write_report,
+    artifact,
+    pack_artifact,
 
 
 rule tables:
@@ -80,12 +82,7 @@ rule database:
         evaluations=evaluations,
         facts=facts,
     output:
-        report(
-            "results/{study}/study.sqlite",
-            caption="../report/database.rst",
-            category="Data",
-            labels={"what": "everything, as SQLite"},
-        ),
+        "results/{study}/study.sqlite",
     log:
         "logs/{study}/database.log",
     conda:
@@ -119,3 +116,27 @@ rule write_report:
     shell:
         "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
         " --logs logs/{wildcards.study} --study-file {params.study_file:q} --output {output} >{log} 2>&1"
+
+
+rule artifact:
+    input:
+        artifact_file,
+
+
+rule pack_artifact:
+    input:
+        code=sources("make_artifact"),
+        results=study_results,
+    output:
+        "results/{study}/artifact.tar.gz",
+    log:
+        "logs/{study}/artifact.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        plan=report_plan,
+        study_file=study_file,
+    # The results are packed as they are: what they were made from is in Snakemake's records, which go along.
+    shell:
+        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
+        " --study-file {params.study_file:q} --output {output} >{log} 2>&1"

@@ -56,6 +56,12 @@ def write_figures(tables_dir: Path, figures_dir: Path, plan_path: Path) -> None:
     write_atomic(figures_dir / "figures.json", json.dumps(index, indent=1, ensure_ascii=False) + "\n")
 
 
+def describe(results_dir: Path) -> list[dict[str, str]]:
+    """What figures.json should say of a study, from its tables; nothing is written."""
+    plan = read_json(results_dir / "plan.json")
+    return [asdict(one) for one in _draw_all(plan, results_dir / "tables", results_dir / "facts", None, None)]
+
+
 def redraw(results_dir: Path, name: str, output_dir: Path) -> Drawing:
     """Draw one figure of a study again, from its tables, into any folder.
 
@@ -73,7 +79,7 @@ def redraw(results_dir: Path, name: str, output_dir: Path) -> Drawing:
 
 
 def _draw_all(
-    plan: dict[str, Any], tables_dir: Path, facts_dir: Path, output_dir: Path, only: str | None
+    plan: dict[str, Any], tables_dir: Path, facts_dir: Path, output_dir: Path | None, only: str | None
 ) -> Iterator[Drawing]:
     with matplotlib.style.context(STYLE):
         for scene in scenes(plan, read_tables(tables_dir), facts_dir):
@@ -83,10 +89,10 @@ def _draw_all(
                 if drawn is None:
                     continue
                 figure, caption, alt = drawn
-                for ending, metadata in FORMATS.items():
+                for ending, metadata in FORMATS.items() if output_dir else ():
                     buffer = io.BytesIO()
                     figure.savefig(buffer, format=ending, metadata=metadata)
-                    write_atomic(output_dir / f"{name}.{ending}", buffer.getvalue())
+                    write_atomic(output_dir / f"{name}.{ending}", buffer.getvalue())  # type: ignore[operator]
                 yield Drawing(name, scene.name, kind, title, caption, alt)
 
 

@@ -63,20 +63,25 @@ SCALING_COLUMNS = tuple(field.name for field in fields(ScalingRow))
 
 
 def scaling_rows(runs: Iterable[Mapping[str, Any]]) -> list[ScalingRow]:
+    """The rows of all `scaling_curves`, one after the other."""
+    return [row for curve in scaling_curves(runs) for row in curve]
+
+
+def scaling_curves(runs: Iterable[Mapping[str, Any]]) -> list[list[ScalingRow]]:
     """Every curve of at least two numbers of devices, weak ones first, from rows of runs.csv.
 
     Runs that differ in nothing but seed and learning-rate settings are repeats of one point.
     """
     trained = [run for run in runs if run.get("method_kind") != "base"]
-    rows: list[ScalingRow] = []
+    found: list[list[ScalingRow]] = []
     for mode in MODES:
         curves: defaultdict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
         for run in trained:
             curves[_curve(run, mode)].append(run)
         for curve in curves.values():
             if len({run["gpus"] for run in curve}) > 1:
-                rows += _points(curve, mode)
-    return rows
+                found.append(_points(curve, mode))
+    return found
 
 
 def global_batch_size(run: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """The figures of a study, drawn from its tables: the same tables give the same bytes.
 
-    figures/EXPERIMENT-tradeoff | accuracy | throughput | memory | loss | waterfall | step | ranks .svg .pdf .png
-    figures/figures.json        title, caption and alternative text of each, for the report
+    figures/EXPERIMENT-KIND   .svg, .pdf, .png: tradeoff accuracy throughput memory loss waterfall scaling step ranks
+    figures/figures.json      title, caption and alternative text of each, for the report
 
 A method has one colour in all figures of a study. Runs that failed are marked where their number would stand.
 """
@@ -24,6 +24,7 @@ from tunemap.files import read_json, write_atomic
 from tunemap.report.loss_figure import draw_loss
 from tunemap.report.point_figures import draw_accuracy, draw_memory, draw_throughput
 from tunemap.report.rank_map import draw_ranks
+from tunemap.report.scaling_figure import draw_scaling
 from tunemap.report.scene import Scene, scenes
 from tunemap.report.step_figure import draw_step
 from tunemap.report.tradeoff_figure import draw_tradeoff
@@ -103,6 +104,7 @@ KINDS: dict[str, tuple[Callable[[Scene], tuple[Figure, str, str] | None], str]] 
     "memory": (draw_memory, "Peak memory"),
     "loss": (draw_loss, "Loss"),
     "waterfall": (draw_waterfall, "From the baseline, part by part"),
+    "scaling": (draw_scaling, "Scaling over devices"),
     "step": (draw_step, "Where a step goes"),
     "ranks": (lambda scene: draw_ranks(scene.ranks), "Ranks and importances by layer"),
 }

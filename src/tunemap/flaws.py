@@ -14,8 +14,9 @@ from tunemap.config import LowRankMethod
 from tunemap.gates.result import GateResult
 from tunemap.run import Run
 
-# Gates that an accepted flaw turns into warnings. A run that learns nothing (labels, finite_loss) is never let through.
-LETS_THROUGH = {"F02": ("truncation",), "F04": ("fsdp_units",)}
+# Gates that an accepted flaw turns into warnings. A run without any label is let in by F02 and ended by its loss, 0/0:
+# finite_loss is let through by nothing.
+LETS_THROUGH = {"F02": ("labels", "truncation"), "F04": ("fsdp_units",)}
 BATCH_FACTORS = ("per_device_batch_size", "gradient_accumulation", "gpus")
 MANY_FACTORS = 3  # varied together without a single step, they are no design; two may be tied by intention
 

@@ -132,8 +132,8 @@ def test_factors_that_change_together_are_f40(tmp_path):
 
 def test_a_gate_of_an_accepted_flaw_warns_and_names_it():
     stopped = GateResult("truncation", False, True, "83 % of answers are cut")
-    others = [GateResult("labels", False, True, "none left"), GateResult("truncation", True, True, "fine")]
+    others = [GateResult("finite_loss", False, True, "loss nan"), GateResult("truncation", True, True, "fine")]
     [let, *same] = let_through([stopped, *others], ("F02",))
     assert (let.fatal, let.passed, let.message) == (False, False, "83 % of answers are cut (accepted: F02)")
-    assert same == others  # a run without labels learns nothing: it is never let through
+    assert same == others  # a run without any label ends by its loss: nothing lets that through
     assert let_through([stopped], ()) == [stopped]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import submitted, wait_until
+from tests.slurm.conftest import LIMIT_S, submitted, wait_until
 from tests.workflow.conftest import STUDY
 from tunemap.files import read_json
 
@@ -68,8 +68,8 @@ def test_a_job_that_is_ended_resumes_in_a_new_one(cluster, submit_to, how):
         cluster.run("scancel", job)
     else:  # as Slurm does before a time limit (--signal): to every process of the job's steps
         cluster.run("scancel", "--signal=URG", job)
-        wait_until(lambda: "after the checkpoint of step" in _log(checkout), "the last checkpoint", 60)
-    assert process.wait(timeout=300) == 0, checkout.log
+        wait_until(lambda: "after the checkpoint of step" in _log(checkout), "the last checkpoint")
+    assert process.wait(timeout=LIMIT_S) == 0, checkout.log
     assert len(submitted(checkout.log)) == 3  # tokens, and the run twice
     assert re.search(r"resuming after step \d+", _log(checkout))
     assert checkout.outcome(LORA)["outcome"] == "ok"
@@ -115,7 +115,7 @@ def test_a_killed_rank_is_an_outcome_and_not_repeated(cluster, submit_to):
     wait_until(lambda: _has_checkpoint(checkout, run), "a checkpoint")
     ranks = [pid for pid in _processes(r"-m tunemap\.training\.worker", checkout.root) if _rank(pid) == "1"]
     os.kill(ranks[0], signal.SIGKILL)
-    assert process.wait(timeout=300) == 0, checkout.log
+    assert process.wait(timeout=LIMIT_S) == 0, checkout.log
     outcome = checkout.outcome(run)
     assert (outcome["outcome"], outcome["rank"]) == ("error", 1)
     assert "SIGKILL" in outcome["reason"]
@@ -137,7 +137,7 @@ def test_a_dead_slurmd_does_not_end_a_run(cluster, submit_to):
     cluster.kill_slurmd(node)
     wait_until(lambda: (checkout.root / TARGET).exists() and checkout.outcome(LORA)["outcome"] == "ok", "the end")
     cluster.start_slurmd(node)
-    assert process.wait(timeout=300) == 0, checkout.log
+    assert process.wait(timeout=LIMIT_S) == 0, checkout.log
     assert len(submitted(checkout.log)) == 2
     assert "resuming" not in _log(checkout)
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.slurm.conftest import submitted, wait_until
+from tests.slurm.conftest import LIMIT_S, submitted, wait_until
 from tests.workflow.conftest import STUDY
 
 pytestmark = pytest.mark.slurm
@@ -77,7 +77,7 @@ def test_an_edited_study_does_not_touch_jobs_that_wait(cluster, submit_to):
     wait_until(lambda: "PENDING" in checkout.jobs().values() and len(checkout.reports()) == 1, "one job waits")
     edited = study | {"methods": {"lora": {"kind": "lora", "rank": 4}, "wide": {"kind": "lora", "rank": 5}}}
     checkout.write_study(edited)
-    assert process.wait(timeout=300) == 0, checkout.log
+    assert process.wait(timeout=LIMIT_S) == 0, checkout.log
     assert sorted(one["rank"] for one in checkout.reports()) == [2, 3]
     checkout.write_study(study | {"methods": edited["methods"] | {"lora": study["methods"]["lora"]}})
     assert {job for job in checkout.planned() if job.startswith("train")} == {

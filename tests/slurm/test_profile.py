@@ -1,0 +1,61 @@
+"""What the Slurm profile and the rules ask for, as a dry run of the literal command prints it; needs no Slurm."""
+
+import re
+import subprocess
+
+import yaml
+
+from tests.workflow.conftest import STUDY, make_checkout
+
+NODES = {"strategy": "ddp", "gpus": 8, "nodes": 2, "threads_per_process": 3}
+
+
+def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
+    experiments = [
+        {"name": "one", "question": "?", "fixed": {"method": "full", "time_limit_minutes": 100.0}},
+        {"name": "nodes", "question": "?", "fixed": {"method": "lora"} | NODES},
+    ]
+    study = STUDY | {"hardware": {"device": "cuda"}, "experiments": experiments}
+    checkout = make_checkout(repository, tmp_path / "checkout", study)
+    done = subprocess.run(
+        ["snakemake", "--dry-run", "--profile", "slurm", "--configfile", "study.yaml"],
+        cwd=checkout.root,
+        env=checkout.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = {}
+    for job in re.split(r"^(?:local)?rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]:
+        found = re.search(r"^    resources: (.*)$", job, flags=re.MULTILINE)
+        run = re.search(r"wildcards:.*?run=([^,\s]+)", job)
+        asked[job.split(":")[0], run[1] if run else ""] = dict(part.split("=") for part in found[1].split(", "))
+    single = asked["train", "small.arithmetic.full.time_limit_minutes-100.0.seed-0"]
+    assert {key: single[key] for key in ("gpu", "nodes", "runtime", "slurm_partition")} == {
+        "gpu": "1",
+        "nodes": "1",
+        "runtime": "120",
+        "slurm_partition": "main",
+    }
+    assert not {"mpi", "tasks", "gres"} & set(single)  # with any of them the plugin starts something else
+    name = next(run for rule, run in asked if rule == "train" and "nodes-2" in run)
+    several = asked["train", name]
+    assert {key: several[key] for key in ("gres", "nodes", "tasks", "mpi")} == {
+        "gres": "gpu:4",
+        "nodes": "2",
+        "tasks": "2",
+        "mpi": "srun",
+    }
+    assert "gpu" not in several
+    assert asked["evaluate", name]["gpu"] == "4"
+    assert asked["train", "small.arithmetic.base"]["gpu"] == "0"
+
+
+def test_every_key_of_the_profiles_has_its_reason(repository):
+    for name in ("slurm", "local"):
+        text = (repository / "profiles" / name / "config.yaml").read_text()
+        assert yaml.safe_load(text)
+        lines = text.splitlines()
+        for before, line in zip(["", *lines], lines, strict=False):
+            if re.match(r"[a-z]", line):
+                assert before.startswith("#") or "#" in line, line

@@ -480,10 +480,11 @@ class Experiment(Section):
     fixed: Fixed = Field(default_factory=lambda: Fixed(), description="Factors equal in all its runs.")
     vary: Vary = Field(default_factory=lambda: Vary(), description="Factors with lists of values; full grid.")
     seeds: list[NonNegativeInt] = Field([0], min_length=1, description="Each point is repeated with each seed.")
-    profile: Literal["none", "torch"] = Field(
+    profile: Literal["none", "auto", "torch", "nsys"] = Field(
         "none",
-        description="`torch`: repeat the first seed of each point for a few steps under torch.profiler. Timings never "
-        "come from there.",
+        description="Repeat the first seed of each point for a few steps under a profiler: `torch` is torch.profiler, "
+        "`nsys` Nsight Systems, `auto` nsys where it is installed and there is a GPU, else torch. Timings never come "
+        "from there.",
     )
     inference: bool = Field(
         False,

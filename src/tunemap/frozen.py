@@ -67,9 +67,10 @@ class FrozenPlan:
         return {}
 
     @property
-    def captures(self) -> list[str]:
-        """Runs that are repeated under a profiler, each once however many experiments ask for it."""
-        return list(dict.fromkeys(run for experiment in self.values["experiments"] for run in experiment["captures"]))
+    def captures(self) -> dict[str, str]:
+        """Profilers by run: each run once, as the first of the experiments says that ask for it."""
+        experiments = reversed(self.values["experiments"])
+        return {run: experiment["profile"] for experiment in experiments for run in experiment["captures"]}
 
     def training_spec(self, run: str) -> str:
         """Canonical JSON of what training of a run depends on."""

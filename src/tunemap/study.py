@@ -46,6 +46,7 @@ class PlannedExperiment:
     runs: tuple[str, ...]
     base_runs: tuple[str, ...]
     captures: tuple[str, ...]  # runs that are repeated under a profiler
+    profile: str  # which one
     inferences: tuple[str, ...] = ()  # runs whose inference is measured
     flaws: tuple[Flaw, ...] = ()  # known flaws that it repeats, all of them accepted
 
@@ -76,6 +77,7 @@ class Plan:
                     "runs": list(experiment.runs),
                     "base_runs": list(experiment.base_runs),
                     "captures": list(experiment.captures),
+                    "profile": experiment.profile,
                     "inferences": list(experiment.inferences),
                     "flaws": [{"flaw": flaw.id, "what": flaw.what} for flaw in experiment.flaws],
                 }
@@ -136,6 +138,7 @@ def plan_study(study: Study) -> tuple[Plan, list[str]]:
                     if experiment.profile != "none"
                     else ()
                 ),
+                profile=experiment.profile,
                 inferences=tuple(
                     dict.fromkeys(run.id for run, _ in planned if run.factors.seed == experiment.seeds[0])
                     if experiment.inference

@@ -25,8 +25,9 @@ rule capture:
     params:
         spec=training_spec,
         device=device,
+        backend=capture_backend,
     shell:
-        "python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        "python {input.code[0]} --spec {params.spec:q} --device {params.device} --backend {params.backend}"
         " --model {input.model} --tokens {input.tokens} --outcome {input.outcome}"
         " --folder {output} >{log} 2>&1"
 

@@ -251,6 +251,11 @@ def evaluations(wildcards):
     ]
 
 
+def capture_backend(wildcards):
+    """The profiler that the first experiment with this capture asks for."""
+    return PLAN.captures[wildcards.run]
+
+
 def facts(wildcards):
     return [f"results/{PLAN.study}/facts/{run}" for run in PLAN.captures]
 

@@ -19,6 +19,6 @@ def extract(capture: Path, folder: Path) -> None:
     if described["outcome"] != "ok":
         print(f"no facts: {described['reason']}", flush=True)
         return
-    facts = compute_facts(read_traces(sorted(capture.glob("trace.rank*.json.gz"))))
+    facts = compute_facts(read_traces(sorted([*capture.glob("trace.*.json.gz"), *capture.glob("trace.*.sqlite")])))
     write_tables(folder, facts.tables, "csv")
     write_json(folder / SUMMARY, facts.summary)

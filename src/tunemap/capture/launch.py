@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tunemap.capture import nsys
 from tunemap.files import read_json, write_json
 from tunemap.run import Run
 from tunemap.training import parent
@@ -20,8 +21,11 @@ LIMIT_S = 1800.0
 RUN_FILE = "run.json"
 
 
-def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path, device: str) -> None:
-    """Repeat the first steps of `run` under torch.profiler; `folder` gets the traces and capture.json.
+def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path, device: str, backend: str) -> None:
+    """Repeat the first steps of `run` under a profiler; `folder` gets the traces and capture.json.
+
+    `backend` is torch (torch.profiler), nsys (Nsight Systems), or auto: nsys where it is installed and the run is on
+    a GPU, else torch.
 
     A run that did not train is not captured, and a capture that fails says why: neither stops a study.
     """
@@ -31,14 +35,15 @@ def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path,
     result: dict[str, Any] = {
         "run": run.id,
         "digest": run.training_digest,
-        "backend": "torch",
+        "backend": backend,
         "outcome": "ok",
         "reason": None,
     }
     if trained["outcome"] != "ok":
         result |= {"outcome": "skipped", "reason": f"the training ended with outcome {trained['outcome']}"}
     else:
-        failure = _run_workers(run, model, tokens, folder, device)
+        failure, used = _run_workers(run, model, tokens, folder, device, backend)
+        result |= used
         if failure is not None:
             result |= {"outcome": failure.outcome, "reason": failure.reason, "failure": asdict(failure)}
         else:
@@ -47,30 +52,57 @@ def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path,
     print(f"capture: {result['outcome']}" + (f": {result['reason']}" if result["reason"] else ""), flush=True)
 
 
-def _run_workers(run: Run, model: Path, tokens: Path, folder: Path, device: str) -> Failure | None:
+def _run_workers(
+    run: Run, model: Path, tokens: Path, folder: Path, device: str, backend: str
+) -> tuple[Failure | None, dict[str, Any]]:
+    """How the processes failed, if they did, and what is known of the profiler."""
+    used: dict[str, Any] = {}
     write_json(folder / RUN_FILE, run.training_spec())
     try:
         with lease_devices(device, run.factors.gpus // run.factors.nodes) as devices:
-            command = _command(run, model, tokens, folder, devices.kind)
+            used["backend"] = backend = chosen_backend(backend, devices.kind)
+            command = _command(run, model, tokens, folder, devices.kind, backend)
+            tool = nsys.probe() if backend == "nsys" else None
+            if tool is not None:
+                used |= {"nsys_version": tool.version, "nsys_options_dropped": list(tool.dropped)}
+                command = tool.around(command, folder)
             environment = worker_environment(run, devices) | {parent.VARIABLE: "1"}
             process = subprocess.Popen(command, env=environment, start_new_session=True)
             try:
                 process.wait(timeout=LIMIT_S)
             except subprocess.TimeoutExpired:
-                return Failure("timeout", f"not finished after {LIMIT_S:g} s", 0, "capture", None, None)
+                return Failure("timeout", f"not finished after {LIMIT_S:g} s", 0, "capture", None, None), used
             finally:
                 end_group(process)
+        failures = read_failures(folder)
+        if tool is not None and not failures and _all_ranks_ended(folder, run.factors.gpus):
+            tool.export(folder)  # whatever the exit code of nsys says
+            return None, used
     except Exception as error:
-        return describe(error, rank=0, phase="capture", step=None)
-    if process.returncode == 0:
-        return None
-    failures = read_failures(folder)
-    return failures[0] if failures else Failure("error", how_it_ended(process.returncode), 0, "capture", None, None)
+        return describe(error, rank=0, phase="capture", step=None), used
+    if process.returncode == 0 and tool is None:
+        return None, used
+    ended = Failure("error", how_it_ended(process.returncode, "capturing"), 0, "capture", None, None)
+    return (failures[0] if failures else ended), used
 
 
-def _command(run: Run, model: Path, tokens: Path, folder: Path, device: str) -> list[str]:
+def chosen_backend(asked: str, device: str) -> str:
+    """The profiler of a capture on `device`. Raises NsysError where nsys is asked for and has nothing to record."""
+    if asked == "nsys" and device != "cuda":
+        raise nsys.NsysError("profile is nsys, which records GPUs, and this run is on a CPU; use torch or auto")
+    if asked == "auto":
+        return "nsys" if device == "cuda" and nsys.installed() else "torch"
+    return asked
+
+
+def _all_ranks_ended(folder: Path, ranks: int) -> bool:
+    """Whether every process has written what it measured, which is the last thing that it does."""
+    return all((folder / f"capture.rank{rank}.json").exists() for rank in range(ranks))
+
+
+def _command(run: Run, model: Path, tokens: Path, folder: Path, device: str, backend: str) -> list[str]:
     worker = ["-m", "tunemap.capture.worker", "--device", device, "--run-file", str(folder / RUN_FILE)]
-    worker += ["--model", str(model), "--tokens", str(tokens), "--folder", str(folder)]
+    worker += ["--model", str(model), "--tokens", str(tokens), "--folder", str(folder), "--backend", backend]
     if run.factors.strategy == "single":
         return [sys.executable, *worker]
     return [*torchrun_command(run, folder), *worker]

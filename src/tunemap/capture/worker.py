@@ -1,8 +1,9 @@
-"""One process of a capture: the first steps of a run, the last few of them under torch.profiler.
+"""One process of a capture: the first steps of a run, the last few of them in the window of a profiler.
 
     python -m tunemap.capture.worker --run-file run.json --model DIR --tokens DIR --folder DIR --device cpu
 
-Leaves trace.rankN.json.gz in the folder, and capture.rankN.json: steps captured and their time under the profiler.
+Leaves capture.rankN.json in the folder: steps captured and their time under the profiler. With backend torch it leaves
+trace.rankN.json.gz beside it; with nsys the process runs under nsys, which writes the trace, and only says when.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunemap.files import write_json
 from tunemap.run import Run
@@ -34,6 +35,7 @@ def main() -> None:
     end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--backend", choices=["torch", "nsys"], required=True)
     for name in ("run-file", "model", "tokens", "folder"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     arguments = parser.parse_args()
@@ -47,6 +49,8 @@ def main() -> None:
         os._exit(1)  # tearing down would wait for ranks that are stuck
     sys.stdout.flush()
     sys.stderr.flush()
+    if arguments.backend == "nsys":
+        return  # nsys writes when the interpreter ends
     os._exit(0)  # everything is on disk; tearing the interpreter down would cost most of a second
 
 
@@ -87,11 +91,13 @@ def _capture(arguments: argparse.Namespace) -> None:
         write=records.extend,
         window_ended=lambda state, loss: None,
     )
-    profiler = _profiler(world)
+    trace = arguments.folder / f"trace.rank{world.rank}.json.gz"
+    window: Window = NsysWindow(world) if arguments.backend == "nsys" else TorchWindow(world, trace)
+    if arguments.backend == "nsys" and world.device.type == "cuda":
+        loop.name_phase = torch.cuda.nvtx.range
     batches = feed(micro_batches(tokens, schedule, world, first_step=0, attention=factors.attention), world.device)
-    loop.train(state, _starting(profiler, batches, WARMUP_STEPS * factors.gradient_accumulation, world))
-    profiler.stop()
-    profiler.export_chrome_trace(str(arguments.folder / f"trace.rank{world.rank}.json.gz"))
+    loop.train(state, _starting(window, batches, WARMUP_STEPS * factors.gradient_accumulation))
+    window.stop()
     captured = records[WARMUP_STEPS:]
     write_json(
         arguments.folder / f"capture.rank{world.rank}.json",
@@ -106,21 +112,75 @@ def _capture(arguments: argparse.Namespace) -> None:
     leave_world()
 
 
-def _profiler(world: World) -> Any:
-    from torch.profiler import ProfilerActivity, profile
+class Window(Protocol):
+    """What is traced: from `start` to `stop`, which every rank calls."""
 
-    activities = [ProfilerActivity.CPU]
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class TorchWindow:
+    """torch.profiler in each process; the trace is written at the end."""
+
+    def __init__(self, world: World, trace: Path) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU]
+        if world.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler: Any = profile(activities=activities, record_shapes=True)  # shapes give bytes of collectives
+        self._world, self._trace = world, trace
+
+    def start(self) -> None:
+        """Trace from here."""
+        self._world.barrier()
+        self._profiler.start()
+
+    def stop(self) -> None:
+        """Trace no more, and write."""
+        _wait_for(self._world)
+        self._profiler.stop()
+        self._profiler.export_chrome_trace(str(self._trace))
+
+
+class NsysWindow:
+    """Says to the nsys around this process when to record: the first rank that says so starts, the first one stops."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def start(self) -> None:
+        """Record from here; every rank is here, with an idle device."""
+        self._say("start")
+
+    def stop(self) -> None:
+        """Record no more; no rank has anything left to do."""
+        self._say("stop")
+
+    def _say(self, what: str) -> None:
+        import torch
+
+        _wait_for(self._world)
+        self._world.barrier()
+        if self._world.device.type == "cuda":
+            getattr(torch.cuda.profiler, what)()
+        self._world.barrier()
+
+
+def _wait_for(world: World) -> None:
+    """Wait until the device is idle; torch flushes the profiler of the default device only."""
+    import torch
+
     if world.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    return profile(activities=activities, record_shapes=True)  # shapes give the bytes of collectives
+        torch.cuda.synchronize(world.device)
 
 
-def _starting(profiler: Any, batches: Iterator[Batch], first: int, world: World) -> Iterator[Batch]:
-    """Pass the batches on; start the profiler on all ranks together before number `first` is made."""
+def _starting(window: Window, batches: Iterator[Batch], first: int) -> Iterator[Batch]:
+    """Pass the batches on; open the window before number `first` is made."""
     for index in range(sys.maxsize):
         if index == first:
-            world.barrier()
-            profiler.start()
+            window.start()
         try:
             batch = next(batches)
         except StopIteration:

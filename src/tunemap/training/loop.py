@@ -47,6 +47,11 @@ class TrainingState:
     memory: dict[str, Any] | None = None  # what the tracker saw at its step
 
 
+def named_for_profilers(phase: str) -> AbstractContextManager[Any]:
+    """Name a phase in the traces of profilers; about a microsecond where none is attached."""
+    return torch.profiler.record_function(phase)
+
+
 @dataclass
 class Loop:
     """What stays the same during training."""
@@ -60,6 +65,7 @@ class Loop:
     window_ended: Callable[[TrainingState, float], None]
     watch: Callable[[], AbstractContextManager[None]] | None = None  # around one step that is not measured
     beat: Callable[[int, str], None] = lambda step, phase: None  # told what begins, as a sign of life
+    name_phase: Callable[[str], AbstractContextManager[Any]] = named_for_profilers
     compiling: Callable[[], AbstractContextManager[None]] = nullcontext  # around the step that compiles
     _pending: list[dict[str, Any]] = field(default_factory=list)
 
@@ -103,7 +109,7 @@ class Loop:
     ) -> dict[str, Any]:
         """One optimizer step; returns what is known of it without waiting for the device. `clock` has begun it."""
         model, optimizer, scaler = state.model, state.optimizer, state.scaler
-        phase = tracker.phase if tracker else named_for_profilers
+        phase = tracker.phase if tracker else self.name_phase
         counts = {"samples": 0, "real_tokens": 0, "label_tokens": 0, "padded_tokens": 0}
         step_loss: torch.Tensor | float = 0.0
         learning_rate = self._set_learning_rate(optimizer, step)
@@ -111,7 +117,7 @@ class Loop:
         last = self.factors.gradient_accumulation - 1
         for index in range(self.factors.gradient_accumulation):
             self.beat(step, "data")
-            with named_for_profilers("data"):
+            with self.name_phase("data"):
                 batch = next(batches)
             for name in counts:
                 counts[name] += getattr(batch, name)
@@ -221,11 +227,6 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     if batch.labels.dim() == 2:
         logits = logits[:, -batch.labels.shape[1] :]  # behind the virtual tokens of prompt tuning
     return cross_entropy(logits.flatten(0, -2).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-def named_for_profilers(phase: str) -> AbstractContextManager[Any]:
-    """Name a phase in the traces of profilers; about a microsecond where none is attached."""
-    return torch.profiler.record_function(phase)
 
 
 def _memory(tracker: LiveStorage) -> dict[str, Any]:

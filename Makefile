@@ -42,6 +42,7 @@ bench: install ## print what the instruments cost, and how fast traces are read
 	python benchmarks/overhead.py
 	python benchmarks/agreement.py
 	python benchmarks/extraction.py
+	python benchmarks/report.py
 
 fuzz: install ## mutate 10,000 study files, 2,000 dataset files and 1,000 traces, and look how each is handled
 	python -m tests.fuzz.campaign

@@ -1,9 +1,12 @@
 """The processes of a run without torchrun: forked from one server that has imported torch and transformers once.
 
-What runs in them is the worker that the launcher starts, with the variables that torchrun would set.
+What runs in them is the worker that the launcher starts, with the variables that torchrun would set. A world of
+processes stays from run to run, because what torch does once in a process takes longer than a tiny run. Where a rank
+shall die, its processes are new.
 """
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -11,8 +14,10 @@ import shutil
 import socket
 import sys
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tunemap.config import DatasetConfig, Factors, RandomModel
 from tunemap.run import Run
@@ -39,6 +44,7 @@ METHODS = {
     "gora": {"kind": "gora", "reference_rank": 4, "estimation_batches": 4, "estimation_batch_size": 4},
     "adalora": {"kind": "peft", "type": "ADALORA", "parameters": {"init_r": 4, "target_r": 2}},
 }
+LEARNING_RATES = {"full": 3e-3, "gora": 1e-3}  # GoRA's B learns 16 times as fast as its A
 GLOBAL_BATCH = 8
 WAIT_SECONDS = 120
 
@@ -65,7 +71,7 @@ def make_run(
         "max_length": 128,
         "max_steps": 6,
         "epochs": None,
-        "learning_rate": 3e-3 if method == "full" else 3e-2,
+        "learning_rate": LEARNING_RATES.get(method, 3e-2),
         "warmup_steps": 2,
         "weight_decay": 0.01,
         "logging_steps": 2,
@@ -161,7 +167,8 @@ def train(
     world_size: int | None = None,
     sabotage: dict[str, Any] | None = None,
 ) -> Finished:
-    """Run the workers of `run` in `folder` to their end; `sabotage` makes one of them fail."""
+    """Run the workers of `run` in `folder` to their end; `sabotage` makes one of them fail, in new processes."""
+    new = sabotage is not None or world_size is not None
     world_size = world_size or run.factors.gpus
     work, weights = folder / "work", folder / "weights"
     work.mkdir(parents=True, exist_ok=True)
@@ -178,10 +185,10 @@ def train(
     ]
     for name in ("model", "dataset", "tokens"):
         arguments += [f"--{name}", str(getattr(material, name))]
-    port = free_port()
+    if not new:
+        return Finished(work, weights, _world(run.factors.strategy != "single", world_size).run(arguments, work))
     processes = []
-    for rank in range(world_size):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    for rank, environment in enumerate(_environments(world_size)):
         process = multiprocessing.get_context("forkserver").Process(
             target=_rank, args=(arguments, environment, work / f"rank{rank}.log", sabotage)
         )
@@ -192,6 +199,47 @@ def train(
         process.kill()
         process.join()
     return Finished(work, weights, [process.exitcode for process in processes])
+
+
+def _environments(world_size: int) -> list[dict[str, int]]:
+    """What torchrun would set, by rank."""
+    port = free_port()
+    return [
+        {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port} for rank in range(world_size)
+    ]
+
+
+class _World:
+    """Processes that run one worker after the other and stay in one group, as long as none of them fails."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._members = []
+        for environment in _environments(world_size):
+            ours, theirs = context.Pipe()
+            context.Process(target=_member, args=(theirs, environment), daemon=True).start()
+            self._members.append(ours)
+
+    def run(self, arguments: list[str], work: Path) -> list[int | None]:
+        """Exit codes of a worker in each process; None for one that does not end, or not by itself."""
+        for rank, member in enumerate(self._members):
+            member.send((arguments, work / f"rank{rank}.log"))
+        codes = [self._code(member) for member in self._members]
+        if any(code != 0 for code in codes):
+            _world.cache_clear()
+        return codes
+
+    def _code(self, member: Connection) -> int | None:
+        try:
+            return member.recv() if member.poll(WAIT_SECONDS) else None
+        except EOFError:
+            return None
+
+
+@cache
+def _world(grouped: bool, world_size: int) -> _World:
+    """The world of a size; a run without a group has one of its own."""
+    return _World(world_size)
 
 
 def evaluate(runs: list[Run], weights: list[Path], material: Material, destination: Path) -> list[dict[str, Any]]:
@@ -237,15 +285,61 @@ def free_port() -> int:
 
 
 def _rank(arguments: list[str], environment: dict[str, int], log: Path, sabotage: dict[str, Any] | None) -> None:
-    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    faulthandler.dump_traceback_later(WAIT_SECONDS / 2)  # a rank that hangs says where
+    _set_environment(environment)
     if sabotage:
         from sabotage import sabotage as spoil
 
         spoil(**sabotage)
+    _work(arguments, log)
+
+
+def _member(orders: Connection, environment: dict[str, int]) -> None:
+    """A process of a world: run the workers that are asked for, until the tests end."""
+    import torch.distributed as dist
+
+    _set_environment(environment)
+    join, original_exit = dist.init_process_group, os._exit
+    # torch remembers sharded tensors' layouts with their groups, so the first run's group must serve all.
+    dist.init_process_group = lambda *args, **options: None if dist.is_initialized() else join(*args, **options)
+    os._exit = _raise_ended
+    while True:
+        try:
+            order = orders.recv()
+        except EOFError:
+            original_exit(0)
+        try:
+            _work(*order)
+        except _Ended as ended:
+            code = ended.code
+        faulthandler.cancel_dump_traceback_later()
+        gc.collect()  # or a model would live on in the memory of the next run
+        orders.send(code)
+        if code:
+            original_exit(code)  # the group is broken, and the others must notice
+
+
+class _Ended(BaseException):
+    """A worker has called os._exit."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def _raise_ended(code: int) -> NoReturn:
+    raise _Ended(code)
+
+
+def _set_environment(environment: dict[str, int]) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def _work(arguments: list[str], log: Path) -> None:
+    """Be the worker with these arguments, writing to `log`."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(WAIT_SECONDS / 2)  # a rank that hangs says where
     from tunemap.training import worker
 
     worker._environment = lambda *_: {}  # asks git and the package index for 0.4 s, in vain here

@@ -17,7 +17,7 @@ def assert_same_trajectory(finished, reference):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "checkpointed-accumulated"])
 @pytest.mark.parametrize(("strategy", "world_size"), STRATEGIES)
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "gora"])
 def test_losses_are_those_of_one_process(trained, method, strategy, world_size, variant):
     assert_same_trajectory(trained(method, strategy, world_size, **variant), trained(method))
 

@@ -15,16 +15,14 @@ def weights_of(finished):
     return {path.name: path.read_bytes() for path in finished.weights.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 2)])
-def test_gora_on_two_processes_is_gora_on_one(trained, strategy, world_size):
-    # B learns 16 times as fast as A: at the other methods' learning rate rounding errors would grow.
-    alone, shared = (trained("gora", *where, learning_rate=1e-3) for where in [(), (strategy, world_size)])
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp", 4), ("hybrid", 4)])
+def test_gora_on_several_processes_plans_what_it_plans_on_one(trained, strategy, world_size):
+    alone, shared = (trained("gora", *where) for where in [(), (strategy, world_size)])
     plans = plan_of(alone), plan_of(shared)
     assert plans[0]["batch_count"] == plans[1]["batch_count"] == 4
     for name, module in plans[0]["modules"].items():
         assert plans[1]["modules"][name]["rank"] == module["rank"]
         assert plans[1]["modules"][name]["importance"] == pytest.approx(module["importance"], rel=1e-5)
-    assert shared.column("loss") == pytest.approx(alone.column("loss"), rel=1e-4)
     assert len({module["rank"] for module in plans[0]["modules"].values()}) > 1  # else it shows nothing
 
 

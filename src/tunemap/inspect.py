@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from rich.table import Table
 
 from tunemap.errors import UserError, nearest
 from tunemap.files import read_json
+from tunemap.paths import expanded
+from tunemap.planner.plan import predictions
+from tunemap.planner.prediction import Prediction
+from tunemap.planner.table import Ticker, print_plan
 from tunemap.run import Run, canonical_json, differing_factors
 from tunemap.study import Plan
 from tunemap.study_file import load_plan
@@ -60,16 +65,46 @@ def _run_of(plan: Plan, name: str) -> Run:
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunemap plan`."""
     _study_argument(parser, option=False)
-    parser.add_argument("--json", action="store_true", help="print JSON: every run with all of its factors")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON: every run with all of its factors, and every prediction"
+    )
+    parser.add_argument("--list", action="store_true", help="only list the runs; predict nothing")
+    parser.add_argument("--predict", action="store_true", help="only predict; list nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    """Print the runs of a study."""
+    """Print the runs of a study, and what each of them will need."""
     plan = _plan_of(arguments)
+    found = {} if arguments.list else _predictions(plan, arguments.results)
     if arguments.json:
-        print(json.dumps(plan.to_dict(), indent=1, ensure_ascii=False))
+        values = plan.to_dict() | {"predictions": [one.to_dict() for one in found.values()]}
+        print(json.dumps(values, indent=1, ensure_ascii=False))
         return 0
     console = _console()
+    if not arguments.predict:
+        _print_runs(console, plan)
+    if found:
+        print_plan(console, found, {name: SEED.sub("", name) for name in found})
+    return 0
+
+
+SEED = re.compile(r"\.seed-\d+$")
+
+
+def _predictions(plan: Plan, results: Path) -> dict[str, Prediction]:
+    hardware = plan.study.hardware
+    return predictions(
+        plan.runs.values(),
+        device=hardware.device,
+        description=hardware.description,
+        data_root=Path(expanded(plan.study.data_root)),
+        results=results,
+        progress=Ticker("planning"),
+    )
+
+
+def _print_runs(console: Console, plan: Plan) -> None:
     for experiment in plan.experiments:
         table = Table(title=f"{experiment.name}: {experiment.question}", title_justify="left")
         for column in ("run", "digest", "varied"):
@@ -83,7 +118,6 @@ def run_plan(arguments: argparse.Namespace) -> int:
     trained = [run for run in plan.runs.values() if not run.is_base]
     shared = f" ({listed - len(trained)} are shared between experiments)" if listed > len(trained) else ""
     console.print(f"{len(trained)} runs to train{shared}, {len(plan.runs) - len(trained)} base models to evaluate")
-    return 0
 
 
 def _value(run: Run, key: str) -> Any:

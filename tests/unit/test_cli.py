@@ -78,7 +78,7 @@ def test_as_a_process(repository):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(repository):
-    code = f"{sys.executable} -m tunemap.cli plan --json | head -n 1; exit ${{PIPESTATUS[0]}}"
+    code = f"{sys.executable} -m tunemap.cli plan --json --list | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", code], capture_output=True, text=True, cwd=repository, env=os.environ | {"PYTHONPATH": "src"}
     )
@@ -88,7 +88,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(repository):
 def test_planning_imports_nothing_heavy(repository):
     """Snakemake parses the plan in every job; torch alone would cost seconds each time."""
     code = (
-        "import sys; from tunemap.cli import main; main(['plan', 'config/config.yaml', '--json']); "
+        "import sys; from tunemap.cli import main; main(['plan', 'config/config.yaml', '--json', '--list']); "
+        "import tunemap.planner.cache; "
         "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'numpy', 'snakemake', 'datasets'}; "
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )

@@ -32,7 +32,8 @@ BASE, FULL, LORA, LORA_16 = (
 
 
 @pytest.fixture
-def study(tmp_path) -> Path:
+def study(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # what is predicted is kept below the working directory
     path = tmp_path / "study.yaml"
     path.write_text(STUDY)
     return path
@@ -55,7 +56,7 @@ def error(capsys, *arguments: str | Path) -> str:
 
 
 def test_plan_lists_every_run_of_every_experiment(study, capsys):
-    text = output(capsys, "plan", study)
+    text = output(capsys, "plan", study, "--list")
     for name, run in load_plan(study).runs.items():
         assert f"{name} " in text
         assert run.training_digest in text
@@ -64,11 +65,12 @@ def test_plan_lists_every_run_of_every_experiment(study, capsys):
 
 
 def test_plan_prints_a_question_as_it_is_written(study, capsys):
-    assert "methods: Which of [full, lora] is [/better] :smile:?" in output(capsys, "plan", study)
+    assert "methods: Which of [full, lora] is [/better] :smile:?" in output(capsys, "plan", study, "--list")
 
 
 def test_plan_as_json_holds_every_factor(study, capsys):
-    values = json.loads(output(capsys, "plan", study, "--json"))
+    values = json.loads(output(capsys, "plan", study, "--json", "--list"))
+    assert values["predictions"] == []
     assert list(values["runs"]) == [FULL, LORA, BASE, LORA_16]
     assert values["runs"][LORA_16]["method"]["rank"] == 16
     assert values["runs"][LORA_16]["factors"]["max_steps"] == 20
@@ -79,12 +81,32 @@ def test_plan_as_json_holds_every_factor(study, capsys):
 def test_plan_keeps_long_ids_whole_where_a_program_reads_them(study, capsys):
     study.write_text(STUDY.replace("vary: {method.rank: [4, 16]}", f"vary: {{method.target_modules: [{'x' * 170}]}}"))
     [long] = [name for name in load_plan(study).runs if len(name) > 150]
-    assert f" {long} " in output(capsys, "plan", study)
+    assert f" {long} " in output(capsys, "plan", study, "--list")
+
+
+def test_plan_predicts_each_run_and_keeps_what_it_computed(study, tmp_path, capsys):
+    values = json.loads(output(capsys, "plan", study, "--json"))
+    by_run = {prediction["run"]: prediction for prediction in values["predictions"]}
+    assert set(by_run) == {FULL, LORA, LORA_16}  # base rows are not trained
+    for prediction in by_run.values():
+        assert prediction["fits"] is True
+        assert sum(prediction["breakdown_bytes"].values()) == prediction["predicted_peak_bytes"] > 0
+        assert prediction["flops_per_step"] > 0
+        assert prediction["communication_bytes_per_step"] == 0
+        assert 0 < prediction["seconds_low"] < prediction["seconds_high"]
+    assert by_run[LORA_16]["flops_per_step"] > by_run[LORA]["flops_per_step"]
+    kept = sorted((tmp_path / "results" / "shared" / "plans").iterdir())
+    assert len(kept) == 3
+    times = [path.stat().st_mtime_ns for path in kept]
+    text = output(capsys, "plan", study)
+    assert "3 runs on cpu: 3 fits" in text
+    assert "tiny.sums.lora.rank-16" in text
+    assert [path.stat().st_mtime_ns for path in kept] == times
 
 
 def test_the_default_study_is_the_default(repository, monkeypatch, capsys):
     monkeypatch.chdir(repository)
-    assert json.loads(output(capsys, "plan", "--json"))["study"] == "quickstart"
+    assert json.loads(output(capsys, "plan", "--json", "--list"))["study"] == "quickstart"
 
 
 def test_problems_of_a_study_are_listed(study, capsys):

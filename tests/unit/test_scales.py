@@ -101,7 +101,7 @@ def test_a_wrong_key_in_a_scale_is_named_with_its_line(tmp_path):
 def test_the_command_lists_the_runs_of_a_scale(tmp_path, capsys):
     from tunemap.cli import main
 
-    assert main(["plan", str(write(tmp_path)), "--scale", "cpu"]) == 0
+    assert main(["plan", str(write(tmp_path)), "--scale", "cpu", "--list"]) == 0
     assert "4 runs to train" in capsys.readouterr().out
     assert main(["plan", str(write(tmp_path)), "--scale", "gpu"]) == 1
     assert "allowed: cpu" in capsys.readouterr().err

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from tunemap.config import Factors
-from tunemap.data.batches import batch_schedule
 from tunemap.errors import UserError
 from tunemap.files import read_json
 from tunemap.planner.prediction import BatchShape, Data
 from tunemap.run import Run
+
+if TYPE_CHECKING:  # a workflow is parsed without arrays, unless there are lengths to read
+    import numpy as np
+    import numpy.typing as npt
 
 MADE_ROWS = 2000  # training rows of made data unless a study says otherwise
 SAMPLED_BATCHES = 512  # for the mean width of padded batches
@@ -87,6 +88,8 @@ def _num_labels(run: Run, tokens: Path, results: Path) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def _lengths(file: Path, changed_ns: int) -> npt.NDArray[np.int64]:
+    import numpy as np
+
     with np.load(file) as arrays:
         return np.diff(arrays["offsets"])
 
@@ -111,6 +114,10 @@ def _grouping(factors: Factors) -> tuple[str, int, int]:
 @functools.lru_cache(maxsize=1024)
 def _widths(lengths: _Lengths, batching: str, rows: int, max_length: int) -> tuple[int, float, int, int, float]:
     """Widest and mean columns of a micro-batch, rows of the data, shortest row, mean real tokens of a row."""
+    import numpy as np
+
+    from tunemap.data.batches import batch_schedule
+
     values = lengths.values
     longest, shortest, mean = int(values.max()), int(values.min()), float(values.mean())
     if batching == "fixed_length":

@@ -123,14 +123,13 @@ def _quantise(model: nn.Module, quantization: Quantization) -> None:
 def materialise(model: nn.Module) -> None:
     """Give every tensor of a module tree on meta a fake storage; tied weights share theirs. Needs the fake mode."""
     made: dict[int, Any] = {}
-    codes: dict[str, torch.Tensor] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
             if id(parameter) not in made:
                 if hasattr(parameter, "quant_type") and not parameter.requires_grad:
-                    made[id(parameter)] = _packed(parameter, codes)
+                    made[id(parameter)] = _packed(parameter)
                 else:
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                     made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
@@ -160,7 +159,7 @@ def packed_weights_gathered() -> Iterator[None]:
         yield
 
 
-def _packed(weight: Any, codes: dict[str, torch.Tensor]) -> nn.Parameter:
+def _packed(weight: Any) -> nn.Parameter:
     """A 4-bit weight as bitsandbytes keeps it: packed bytes, a scale per block, or a byte for it if nested."""
     from bitsandbytes.functional import QuantState
 
@@ -174,9 +173,8 @@ def _packed(weight: Any, codes: dict[str, torch.Tensor]) -> nn.Parameter:
         dtype=weight.dtype,
     )
     if weight.compress_statistics:
-        dynamic = codes.setdefault("dynamic", torch.empty(256))
         nested = torch.empty(math.ceil(blocks / NESTED_BLOCK))
-        state.state2 = QuantState(absmax=nested, code=dynamic, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        state.state2 = QuantState(absmax=nested, code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
         state.offset, state.nested = torch.empty(()), True
     packed = nn.Parameter(torch.empty((math.ceil(elements / 2), 1), dtype=torch.uint8), requires_grad=False)
     packed.quant_state, packed.bnb_quantized = state, True  # type: ignore[attr-defined]

@@ -113,14 +113,7 @@ def assemble(
     }
     if factors.compile:
         _compile(trained)
-    shared = wrap(
-        trained,
-        factors.strategy,
-        world,
-        compute=_gathered_dtype(run, precision),
-        reshard_after_forward=factors.reshard_after_forward,
-        unit=factors.fsdp_unit,
-    )
+    shared = spread(trained, run, world, precision)
     optimizer = optimizer_of(unwrap(shared), factors, learning_rate_ratio=adapted.learning_rate_ratio)
     scaler = torch.amp.GradScaler(world.device.type) if precision.scaler else None
     gates = model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
@@ -154,6 +147,18 @@ def quantization_of(run: Run, precision: Precision) -> Quantization | None:
     if method.base_quantization is None:
         return None
     return Quantization(method.base_quantization, method.double_quantization, precision.compute)
+
+
+def spread(model: nn.Module, run: Run, world: World, precision: Precision) -> nn.Module:
+    """The model over all devices of the run, as its strategy says."""
+    return wrap(
+        model,
+        run.factors.strategy,
+        world,
+        compute=_gathered_dtype(run, precision),
+        reshard_after_forward=run.factors.reshard_after_forward,
+        unit=run.factors.fsdp_unit,
+    )
 
 
 def _gathered_dtype(run: Run, precision: Precision) -> torch.dtype | None:

@@ -1,0 +1,93 @@
+"""Predictions for all runs of a study: accounts that are missing are made once, and kept.
+
+Imports torch only where an account is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from tunemap.errors import UserError
+from tunemap.planner import cache
+from tunemap.planner.cache import NoAccount, account_key, predict, read_account, target_of, write_account
+from tunemap.planner.data import data_of
+from tunemap.planner.device import Target
+from tunemap.planner.prediction import Account, Data, Prediction
+from tunemap.run import Run
+
+Progress = Callable[[int, int], None]
+"""Called before each account that is made, with how many are made and how many are to be."""
+
+
+def predictions(
+    runs: Iterable[Run],
+    *,
+    device: str = "auto",
+    description: str | None = None,
+    data_root: Path = Path(),
+    results: Path = cache.RESULTS,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Prediction]:
+    """Run id -> prediction, for every run that trains."""
+    return predictions_for(
+        runs, target_of(device, description), data_root=data_root, results=results, progress=progress
+    )
+
+
+def predictions_for(
+    runs: Iterable[Run],
+    target: Target,
+    *,
+    data_root: Path = Path(),
+    results: Path = cache.RESULTS,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Prediction]:
+    """The same for one device."""
+    trained = [run for run in runs if not run.is_base]
+    data = {run.id: data_of(run, results) for run in trained}
+    keys = {run.id: account_key(run, data[run.id], on_gpu=target.on_gpu) for run in trained}
+    accounts = {key: read_account(key, results) for key in dict.fromkeys(keys.values())}
+    missing = {keys[run.id]: run for run in reversed(trained) if accounts[keys[run.id]] is None}
+    for done, (key, run) in enumerate(missing.items()):
+        progress(done, len(missing))
+        accounts[key] = make_account(run, data[run.id], target, data_root=data_root, results=results)
+        write_account(key, accounts[key], results)  # type: ignore[arg-type]
+    if missing:
+        progress(len(missing), len(missing))
+    return {
+        run.id: predict(run, accounts[keys[run.id]], data[run.id], target, results=results)  # type: ignore[arg-type]
+        for run in trained
+    }
+
+
+def make_account(run: Run, data: Data, target: Target, *, data_root: Path, results: Path) -> Account | NoAccount:
+    """The account of a run, or the reason why its step cannot be run without contents."""
+    import torch
+
+    from tunemap.planner.memory import account
+    from tunemap.planner.models import architecture_of
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing is computed
+    try:
+        config = architecture_of(run.model, results / "shared" / "models" / run.model_key, data_root)
+        return account(run, config, data.batch, num_labels=data.num_labels, on_gpu=target.on_gpu)
+    except UserError as error:
+        return NoAccount(str(error))
+    except Exception as error:  # whatever a method's code does with contents that are not there
+        where = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return NoAccount(f"{run.method_name} cannot be run without contents ({where})")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def summary(found: Mapping[str, Prediction]) -> dict[str, float]:
+    """Totals over runs: seconds, energy and money at both ends, and what the runs that cannot fit would take of it."""
+    totals: dict[str, float] = {}
+    for name in ("seconds", "energy_joules", "cost"):
+        for end in ("low", "high"):
+            key = f"{name}_{end}"
+            totals[key] = sum(getattr(one, key) or 0.0 for one in found.values())
+            totals[f"{key}_of_cannot"] = sum(getattr(one, key) or 0.0 for one in found.values() if one.fits is False)
+    return totals

@@ -119,7 +119,8 @@ def test_hanging_rank_ends_the_run_at_the_limit_and_is_named(launched, monkeypat
 
 def test_hanging_single_process_ends_too(launched, monkeypatch):
     monkeypatch.setattr(launch, "STALL_LIMIT_S", 3.0)
-    outcome, _ = launched("hang", "single", 1)
+    outcome, seconds = launched("hang", "single", 1)
+    assert 3 < seconds < 3 + PROMPT_S
     assert (outcome["outcome"], outcome["rank"]) == ("timeout", 0)
 
 

@@ -5,6 +5,11 @@
 
 A new checkpoint is complete in a folder of its own before it takes the place of the old one by renaming.
 Frozen weights are not in it: they are loaded from the model's folder again.
+
+What torch.distributed.checkpoint adds is reading by another number of ranks than wrote. No run needs that: strategy and
+number of devices are part of what a run is, another number is another run with steps of its own, and its workers refuse
+to start as fewer or more (`world.join_world`). What a run needs is not in it: states of bitsandbytes' optimizers, which
+are quantised per local shard and cannot be cut anew, each rank's random generators, and checksums.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ import pandas as pd
 
 from tunemap.distributed.scaling import SCALING_COLUMNS, scaling_rows
 from tunemap.errors import UserError
-from tunemap.files import read_json, write_atomic
+from tunemap.files import read_json, read_sealed, sha256_of, write_atomic
 from tunemap.gates.comparison import memory_prediction_gate
 from tunemap.gates.measurement import mfu_bounds_gate
 from tunemap.measure.datasheet import datasheet_columns, hardware_of
@@ -191,14 +191,11 @@ def _read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
     if not path.exists():
         return None, "missing"
     try:
-        value = read_json(path)
+        return read_sealed(path), ""
     except UserError as error:
         return None, str(error)
     except OSError as error:
         return None, f"{path}: {error.strerror}"
-    if not isinstance(value, dict):
-        return None, f"{path}: holds no JSON object; delete the file and run the workflow again"
-    return value, ""
 
 
 def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> Result:
@@ -210,6 +207,9 @@ def _read_run(run: str, planned: dict[str, Any], results_dir: Path) -> Result:
         result = Result(run, planned, "missing" if missing else "error", f"no {path}" if missing else problem)
     else:
         outcome, reason = found.get("outcome"), found.get("reason")
+        steps = path.with_name("steps.csv")
+        if outcome == "ok" and "steps_sha256" in found and steps.exists() and sha256_of(steps) != found["steps_sha256"]:
+            outcome, reason = "error", f"{steps}: changed after it was written; delete the folder and run again"
         if outcome not in OUTCOMES:
             outcome, reason = "error", f"{path}: outcome is {outcome!r}; allowed: {', '.join(OUTCOMES)}"
         elif "digest" not in found:
@@ -248,7 +248,10 @@ def _with_evaluation(result: Result, folder: Path) -> Result:
     )
     if found.get("outcome") != "ok":
         return result
-    correct, problem = _read_predictions(folder / "predictions.jsonl")
+    predictions, expected = folder / "predictions.jsonl", found.get("predictions_sha256")
+    correct, problem = _read_predictions(predictions)
+    if not problem and expected is not None and sha256_of(predictions) != expected:
+        problem = f"{predictions}: changed after it was written; delete the folder and run the workflow again"
     if not problem and (len(correct), sum(correct.values())) != (found.get("n"), found.get("correct")):
         problem = (
             f"{folder}: predictions.jsonl has {sum(correct.values())} of {len(correct)} correct, "

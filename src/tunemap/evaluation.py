@@ -10,6 +10,7 @@ and exchange nothing: each has the whole model and answers its own batches. Impo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -20,9 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunemap.files import read_json, write_atomic, write_json
+from tunemap.errors import UserError
+from tunemap.files import damaged, read_json, read_sealed, write_atomic, write_json, write_sealed
 from tunemap.run import Run
-from tunemap.training import parent
+from tunemap.training import finished, parent
 from tunemap.training.devices import Devices, lease_devices
 from tunemap.training.failure import Failure, describe, how_it_ended, read_failures, write_failure
 from tunemap.training.heartbeat import Heartbeat, Watchdog
@@ -45,7 +47,7 @@ def evaluate_to_files(
     predictions: Path,
 ) -> None:
     """Evaluate and write evaluation.json and predictions.jsonl; a failure is written there too, with its reason."""
-    trained = read_json(outcome)
+    trained = _undamaged(outcome, weights)
     result: dict[str, Any] = {
         "run": run.id,
         "digest": run.evaluation_digest,
@@ -71,8 +73,22 @@ def evaluate_to_files(
             result |= {"outcome": "error", "reason": where + failure.reason, "traceback": failure.traceback}
             print(failure.traceback or failure.reason, flush=True)
         shutil.rmtree(work)
-    write_atomic(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_json(evaluation, result)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(predictions, text)
+    write_sealed(evaluation, result | {"predictions_sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def _undamaged(outcome: Path, weights: Path) -> dict[str, Any]:
+    """The outcome of a run whose files are as training wrote them; otherwise its folder is set aside."""
+    try:
+        trained = read_sealed(outcome)
+    except UserError as error:
+        raise damaged(outcome.parent, str(error).partition(";")[0]) from None
+    found, expected = finished.checksums(weights), trained.get("weights_sha256")
+    if expected is not None and found != expected:
+        names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise damaged(outcome.parent, f"{weights}: {', '.join(names)}: not as training wrote it")
+    return trained
 
 
 def _combined(run: Run, work: Path, tokens: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

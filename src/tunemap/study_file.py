@@ -134,8 +134,9 @@ def _missing_files(study: Study) -> list[str]:
 
 
 def _in_words(error: OSError | RuntimeError) -> str:
-    named = isinstance(error, OSError) and error.strerror
-    return f"{_shown(error.filename)}: {error.strerror}; write another path" if named else str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{_shown(error.filename)}: {error.strerror}; write another path"
+    return str(error)
 
 
 # --- YAML -------------------------------------------------------------------------------------------------

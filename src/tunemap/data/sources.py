@@ -26,7 +26,7 @@ from tunemap.data.made import made_records
 from tunemap.data.rows import PlacedRecord, normalised, not_utf8, read_rows, write_rows
 from tunemap.data.tasks import TASKS, classification_row, columns, found_label_names, generation_row, text_of
 from tunemap.errors import UserError
-from tunemap.files import sha256_of, write_json
+from tunemap.files import sha256_of, write_sealed
 
 Record = dict[str, Any]
 NAMED_OVERLAPS = 20  # overlapping rows that dataset.json names
@@ -94,7 +94,7 @@ def prepare(dataset: DatasetConfig, destination: Path, *, data_root: Path | None
             "repeated_train_rows": len(trained) - len(set(trained)),
         },
     }
-    write_json(destination / "dataset.json", manifest)
+    write_sealed(destination / "dataset.json", manifest)
 
 
 def read_source(dataset: DatasetConfig, data_root: Path | None) -> RawData:

@@ -9,6 +9,7 @@ from tunemap.config import DatasetConfig
 from tunemap.data.rows import PlacedRecord
 from tunemap.errors import UserError
 
+LONGEST_NUMBER = 18  # digits of a label that is a number; Python itself refuses those of thousands of digits
 MOST_SHOWN = 200  # characters of a row that a message repeats
 TEST_SPLITS = ("test", "validation", "dev")
 
@@ -60,7 +61,7 @@ def classification_row(
     written = text_of(record, answer_field, row_id)
     if written in label_names:
         label = label_names.index(written)
-    elif written.isdecimal() and int(written) < len(label_names):
+    elif written.isdecimal() and len(written) <= LONGEST_NUMBER and int(written) < len(label_names):
         label = int(written)
     else:
         allowed = ", ".join(f"{index} or {name}" for index, name in enumerate(label_names))
@@ -76,7 +77,7 @@ def classification_row(
 def found_label_names(records: list[dict[str, Any]], answer_field: str) -> tuple[str, ...]:
     """The labels that training rows have, sorted as numbers where all of them are numbers, else as text."""
     names = {text_of(record, answer_field, f"train row {index}") for index, record in enumerate(records)}
-    if all(name.lstrip("-").isdecimal() for name in names):
+    if all(name.removeprefix("-").isdecimal() and len(name) <= LONGEST_NUMBER for name in names):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))
 

@@ -16,7 +16,7 @@ on many of them. Test prompts are never cut; texts to classify are, because an e
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from tunemap.data.rows import read_rows, write_rows
 from tunemap.data.statistics import dataset_statistics
 from tunemap.data.tokenizers import load_tokenizer
 from tunemap.errors import UserError
-from tunemap.files import read_json, write_atomic, write_json
+from tunemap.files import damaged, read_json, read_sealed, sha256_of, write_atomic, write_json, write_sealed
 
 TRAIN, TEST, TEST_ROWS = "train.npz", "test.npz", "test.jsonl"
 MANIFEST, STATISTICS = "tokens.json", "statistics.json"
@@ -97,7 +97,7 @@ def tokenize(
     system_prompt: str | None,
 ) -> None:
     """Tokenise a prepared dataset with a model's tokenizer; writes the files named above to `destination`."""
-    dataset = read_json(dataset_folder / "dataset.json")
+    dataset = _checked(dataset_folder, "dataset.json", lambda split: f"{split}.jsonl")
     tokenizer = load_tokenizer(tokenizer_folder)
     splits = {split: read_rows(dataset_folder / f"{split}.jsonl") for split in ("train", "test")}
     options: dict[str, Any] = {"prompt_template": prompt_template, "system_prompt": system_prompt}
@@ -131,12 +131,13 @@ def tokenize(
         split: rows_in_template([row["prompt"] for row in rows], prompt_template) for split, rows in splits.items()
     }
     write_json(destination / STATISTICS, statistics)
-    write_json(destination / MANIFEST, manifest)
+    sums = {name: sha256_of(destination / name) for name in (TRAIN, TEST, TEST_ROWS, STATISTICS)}
+    write_sealed(destination / MANIFEST, manifest | {"sha256": sums})
 
 
 def load_tokens(folder: Path) -> Tokens:
     """Read what `tokenize` wrote."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = _checked(folder, MANIFEST)
     return Tokens(
         task=manifest["task"],
         task_kind=manifest["task_kind"],
@@ -150,6 +151,21 @@ def load_tokens(folder: Path) -> Tokens:
         statistics=read_json(folder / STATISTICS),
         test_split=manifest["test_split"],
     )
+
+
+def _checked(folder: Path, manifest_name: str, file_of: Callable[[str], str] = str) -> dict[str, Any]:
+    """The manifest of a folder whose files are as they were written; otherwise the folder is set aside."""
+    if not (folder / manifest_name).is_file():
+        raise UserError(f"{folder / manifest_name}: no such file; run the workflow to make it")
+    try:
+        manifest = read_sealed(folder / manifest_name)
+    except UserError as error:
+        raise damaged(folder, str(error).partition(";")[0]) from None
+    for name, expected in manifest.get("sha256", {}).items():
+        path = folder / file_of(name)
+        if not path.is_file() or sha256_of(path) != expected:
+            raise damaged(folder, f"{path}: {'changed after it was written' if path.is_file() else 'is gone'}")
+    return manifest
 
 
 def encode_answers(

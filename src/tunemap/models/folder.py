@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.errors import UserError
-from tunemap.files import read_json, sha256_of, write_json
+from tunemap.files import damaged, read_json, read_sealed, sha256_of, write_sealed
 
 MANIFEST = "model.json"
 CONFIG = "config.json"
@@ -87,23 +87,30 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         | ({"linked_to": str(path.readlink())} if path.is_symlink() else {})
         for path in sorted(folder.iterdir())
     }
-    write_json(folder / MANIFEST, facts | {"files": files})
+    write_sealed(folder / MANIFEST, facts | {"files": files})
 
 
 def check_sizes(folder: Path) -> None:
-    """Refuse a folder whose files are not those of its manifest by name and size; one without a manifest passes.
+    """Refuse a folder whose files are not those of its manifest, and set it aside; one without a manifest passes.
 
-    Sizes rather than digests: reading 15 GB of weights twice at the start of each run would cost minutes, and what
-    happens in practice is that the target of a link is moved or downloaded anew.
+    Files that were copied are compared by digest, the large ones that are linked by size alone: reading 15 GB of
+    weights twice at the start of each run would cost minutes, and what happens to them in practice is that the target
+    of a link is moved or downloaded anew.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder; run the workflow to prepare it")
     if not (folder / MANIFEST).is_file():
         return
-    for name, recorded in read_json(folder / MANIFEST)["files"].items():
+    try:
+        manifest = read_sealed(folder / MANIFEST)
+    except UserError as error:
+        raise damaged(folder, str(error).partition(";")[0]) from None
+    for name, recorded in manifest["files"].items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found != recorded["size_bytes"]:
             target = f" (a link to {path.readlink()})" if path.is_symlink() else ""
             now = "is gone" if found is None else f"has {found} bytes instead of {recorded['size_bytes']}"
-            raise UserError(f"{path}{target} {now}; remove {folder} and run the workflow again")
+            raise damaged(folder, f"{path}{target} {now}")
+        if recorded["size_bytes"] <= LARGEST_COPY_BYTES and sha256_of(path) != recorded["sha256"]:
+            raise damaged(folder, f"{path} changed after it was written")

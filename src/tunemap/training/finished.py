@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.errors import UserError
-from tunemap.files import read_json, sha256_of, write_json
+from tunemap.files import damaged, read_json, sha256_of, write_json
 from tunemap.measure.environment import package_digest
 from tunemap.run import Run
 
 FINISHED, NEXT = "finished", "finished.next"
-WEIGHTS, STEPS, OUTCOME, KEY, SIZES = "weights", "steps.csv", "outcome.json", "key.json", "sizes.json"
+WEIGHTS, STEPS, OUTCOME, KEY, SUMS = "weights", "steps.csv", "outcome.json", "key.json", "sha256.json"
 
 
 def key_of(run: Run, inputs: dict[str, Path]) -> dict[str, str]:
@@ -42,7 +42,7 @@ def start(work: Path) -> Path:
 def keep(work: Path, key: dict[str, str]) -> None:
     """Declare the results in `start`'s folder whole; all else in the work folder has served its purpose."""
     folder = work / NEXT
-    write_json(folder / SIZES, _sizes(folder))
+    write_json(folder / SUMS, checksums(folder))
     write_json(folder / KEY, key)
     shutil.rmtree(work / FINISHED, ignore_errors=True)
     folder.rename(work / FINISHED)
@@ -54,13 +54,17 @@ def keep(work: Path, key: dict[str, str]) -> None:
 def hand_over(work: Path, key: dict[str, str], *, weights: Path, steps: Path, outcome: Path) -> dict[str, Any] | None:
     """Put kept results in their places and return the outcome; None if there are none for this very `key`.
 
-    Results that are incomplete or of another configuration, source or data are removed: they are of no use.
+    Results of another configuration, source or data are removed: they are of no use. Those that are not as they were
+    written are set aside.
     """
     folder = work / FINISHED
     if not folder.exists():
         return None
-    if not _usable(folder, key):
+    if not _is_of(folder, key):
         shutil.rmtree(folder)
+        return None
+    if not _is_whole(folder):
+        print(f"the kept results of this run changed after they were written: {damaged(folder, 'training anew')}")
         return None
     result: dict[str, Any] = read_json(folder / OUTCOME)
     _remove(weights)
@@ -77,16 +81,24 @@ def forget(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _usable(folder: Path, key: dict[str, str]) -> bool:
+def _is_of(folder: Path, key: dict[str, str]) -> bool:
     try:
-        return read_json(folder / KEY) == key and read_json(folder / SIZES) == _sizes(folder)
+        return bool(read_json(folder / KEY) == key)
     except UserError:
         return False
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (KEY, SIZES))
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(read_json(folder / SUMS) == checksums(folder))
+    except UserError:
+        return False
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder by its name there, those about the folder itself left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (KEY, SUMS))
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(files)}
 
 
 def _link(source: str, destination: str) -> str:

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tunemap.files import read_json, write_atomic, write_json
+from tunemap.files import read_json, write_atomic, write_json, write_sealed
 from tunemap.gates import GateResult, reason, tripped
 from tunemap.gates.measurement import mfu_bounds_gate, throughput_gate, wall_gate
 from tunemap.measure.flops import utilisation
@@ -130,7 +130,8 @@ def _launch(run: Run, paths: Paths, device: str, attempts_left: int) -> int:
     records = steps.to_csv(steps.merge(paths.work))
     write_atomic(gathered / finished.STEPS, records)
     outcome["steps_sha256"] = hashlib.sha256(records.encode()).hexdigest()
-    write_json(gathered / finished.OUTCOME, outcome)
+    outcome["weights_sha256"] = finished.checksums(gathered / finished.WEIGHTS)
+    write_sealed(gathered / finished.OUTCOME, outcome)
     finished.keep(paths.work, key)
     finished.hand_over(paths.work, key, **paths.results)
     print(f"outcome: {_in_words(outcome)}", flush=True)

@@ -125,7 +125,7 @@ def test_missing_files_are_named(tmp_path: Path, arithmetic_folder: Path) -> Non
         load_tokens(tmp_path)
     tokenized(tmp_path, arithmetic_folder)
     (tmp_path / "tokens" / "train.npz").unlink()
-    with pytest.raises(UserError, match=r"train\.npz: no such file"):
+    with pytest.raises(UserError, match=r"train\.npz: is gone; .* was set aside as tokens\.damaged"):
         load_tokens(tmp_path / "tokens")
 
 

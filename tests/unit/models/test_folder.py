@@ -87,11 +87,23 @@ def test_changed_and_vanished_files_are_refused_by_name(tmp_path, monkeypatch):
     write_manifest(model, {})
     check_sizes(model)
     weights.write_bytes(b"12345")
-    with pytest.raises(UserError, match=r"model.safetensors \(a link to .*\) has 5 bytes instead of 4; remove"):
+    with pytest.raises(UserError, match=r"\(a link to .*\) has 5 bytes instead of 4; .*set aside as model.damaged; run"):
         check_sizes(model)
+    (tmp_path / "model.damaged").rename(model)
     weights.unlink()
-    with pytest.raises(UserError, match=r"model.safetensors \(a link to .*\) is gone; remove"):
+    with pytest.raises(UserError, match=r"model.safetensors \(a link to .*\) is gone; .*set aside as model.damaged; run"):
         check_sizes(model)
+
+
+def test_file_of_the_same_size_with_another_content_is_refused(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("1234")
+    write_manifest(model, {})
+    (model / "config.json").write_text("1235")
+    with pytest.raises(UserError, match=r"config.json changed after it was written; .* set aside as model.damaged"):
+        check_sizes(model)
+    assert (tmp_path / "model.damaged" / "config.json").read_text() == "1235"
 
 
 def test_folder_without_manifest_passes_and_missing_folder_does_not(tmp_path):

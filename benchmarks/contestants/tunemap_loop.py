@@ -1,0 +1,61 @@
+"""TuneMap's own worker, as its launcher starts it: python tunemap_loop.py WORKLOAD_FOLDER RESULT_FILE."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from workload import Stopwatch
+
+from tunemap.training import worker
+from tunemap.training.heartbeat import Heartbeat
+
+
+def main() -> None:
+    """Train, with a stopwatch at the sign of life that the loop gives at the end of each step."""
+    folder, result = Path(sys.argv[1]), Path(sys.argv[2])
+    watch = Stopwatch(result)
+    beat = Heartbeat.beat
+
+    def timed(self: Heartbeat, step: int, phase: str) -> None:
+        if phase == "data" and step > 0:  # the beginning of a step is the end of the one before
+            watch.step_ended()
+        beat(self, step, phase)
+
+    def stop(self: Heartbeat) -> None:
+        watch.step_ended()
+
+    Heartbeat.beat, Heartbeat.stop = timed, stop  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = [
+            "--run-file",
+            folder / "run.json",
+            "--device",
+            "cpu",
+            "--work",
+            scratch,
+            "--weights",
+            Path(scratch) / "weights",
+        ]
+        for name in ("model", "dataset", "tokens"):
+            arguments += [f"--{name}", folder / name]
+        sys.argv[1:] = [str(argument) for argument in arguments]
+        job = worker._parse(sys.argv[1:])
+        worker._train(job, worker.Progress(job.work, is_main=True))
+        watch.save(**_own(Path(scratch)))
+
+
+def _own(work: Path) -> dict[str, Any]:
+    with (work / "steps.rank0.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = [row for row in rows if row["measured"] == "1"]
+    seconds = sum(float(row["step_time_s"]) for row in measured)
+    tokens = sum(int(row["real_tokens"]) for row in measured)
+    return {"losses": [float(row["loss"]) for row in rows], "own_tokens_per_second": tokens / seconds}
+
+
+if __name__ == "__main__":
+    main()

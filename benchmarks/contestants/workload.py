@@ -1,0 +1,64 @@
+"""The work that every contestant does: one folder with model, data and settings, and the stopwatch they all carry.
+
+    model/            weights and tokenizer in the hub's layout
+    dataset/, tokens/ the same rows as TuneMap prepares them
+    batches.npz       input_ids and labels [steps, rows, length], in the order in which TuneMap trains on them
+    run.json          the same as a run of TuneMap
+    workload.json     method, steps, batch, length, learning rate, threads
+
+Imports nothing but numpy and the standard library, because each contestant runs in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training job; every row has exactly `length` tokens, so that nobody pads and no count is in doubt."""
+
+    size: str
+    method: str  # full or lora
+    steps: int
+    rows: int  # per step
+    length: int
+    learning_rate: float
+    lora_rank: int
+    lora_alpha: int
+    threads: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.rows * self.length
+
+    def save(self, folder: Path) -> None:
+        """Write it down for the contestants."""
+        (folder / "workload.json").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Workload:
+        """Read what `save` wrote."""
+        return cls(**json.loads((folder / "workload.json").read_text()))
+
+
+class Stopwatch:
+    """Notes the time at which each optimizer step ended, in the same way for everybody."""
+
+    def __init__(self, result: Path) -> None:
+        self._result = result
+        self._ends: list[tuple[float, float]] = []
+
+    def step_ended(self) -> None:
+        """Note the time, and the CPU time of this process: the steadier of the two on a shared machine."""
+        self._ends.append((time.perf_counter(), time.process_time()))
+
+    def save(self, *, losses: list[float], own_tokens_per_second: float | None) -> None:
+        """Leave times, losses and what the contestant itself calls its throughput."""
+        known: dict[str, Any] = {"losses": losses, "own_tokens_per_second": own_tokens_per_second}
+        self._result.write_text(json.dumps({"step_ends_wall_and_cpu_s": self._ends, **known}))

@@ -1,0 +1,291 @@
+"""Training throughput side by side with what people use today, at equal settings.
+
+    python benchmarks/peers.py --install             # once: each peer in an environment of its own, from PyPI
+    python benchmarks/peers.py                       # CPU; about 20 minutes; prints the table
+    python benchmarks/peers.py --peers trl --sizes small --rounds 5 --output benchmarks/results/peers-cpu.json
+
+Everybody trains the same model on the same rows in the same order, with the same optimizer settings, dtype and
+number of threads; every row is as long as every other, so no padding and no way to count tokens can blur the
+comparison. A stopwatch of ours notes when each step ended; what a contestant calls its own throughput stands beside.
+Contestants take turns, in another order each round; the ratio is taken within a round, its interval is a t interval
+of its logarithm over the rounds. Losses are compared where the data are the same: equal work, or no comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from contestants.workload import Workload
+
+from tunemap import corpora, models
+from tunemap.config import DatasetConfig, Factors, LocalModel, RandomModel
+from tunemap.data import sources, tokens
+from tunemap.distributed.world import World
+from tunemap.files import write_json
+from tunemap.measure.environment import environment
+from tunemap.run import Run
+from tunemap.statistics import mean
+from tunemap.training.batches import micro_batches, schedule_of
+
+HERE = Path(__file__).resolve().parent
+
+OWN = "tunemap"
+PEFT_URL = "https://github.com/huggingface/peft"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A script of benchmarks/contestants, the environment it runs in (None: ours), whether its labels are the same."""
+
+    script: str
+    requirements: tuple[str, ...] | None = None
+    same_labels: bool = True
+
+
+CONTESTANTS = {
+    OWN: Contestant("tunemap_loop.py"),
+    "trainer": Contestant("hf_trainer.py"),
+    "trl": Contestant("trl_sft.py", ("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2")),
+    "peft": Contestant("peft_comparison.py", same_labels=False),
+    "optimum-benchmark": Contestant("optimum_bench.py", ("optimum-benchmark==0.6.0", "transformers<5", "peft"), False),
+}
+SIZES = {  # hidden size, layers, rows, length: about 1, 5 and 25 million parameters
+    "small": (128, 4, 8, 64),
+    "medium": (256, 6, 4, 128),
+    "large": (512, 8, 4, 128),
+}
+
+
+def architecture(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
+    """config.json of a Qwen2 of that size."""
+    return {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 11 * hidden // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 64,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+
+
+def run_of(work: Workload) -> Run:
+    """The workload as a run."""
+    lora = {"kind": "lora", "rank": work.lora_rank, "alpha": work.lora_alpha}
+    return Run.model_validate(
+        {
+            "id": "peers",
+            "model_name": work.size,
+            "model": LocalModel(source="local", path="model"),
+            "dataset_name": "rows",
+            "dataset": DatasetConfig(task="generation", source="local", path="dataset", accept_truncation=True),
+            "method_name": work.method,
+            "method": lora if work.method == "lora" else {"kind": "full"},
+            "prompt_template": None,
+            "factors": Factors(
+                per_device_batch_size=work.rows,
+                max_length=work.length,
+                max_steps=work.steps,
+                epochs=None,
+                learning_rate=work.learning_rate,
+                schedule="constant",
+                threads_per_process=work.threads,
+                measurement_warmup_steps=min(5, work.steps // 4),
+            ),
+        }
+    )
+
+
+def prepare(folder: Path, work: Workload) -> None:
+    """Make model, rows and batches of a workload in `folder`."""
+    hidden, layers, _, _ = SIZES[work.size]
+    (folder / "architecture").mkdir(parents=True)
+    (folder / "architecture" / "config.json").write_text(json.dumps(architecture(hidden, layers, 8192)))
+    corpora.build_arithmetic_tokenizer().save_pretrained(folder / "tokenizer")
+    model = RandomModel(source="random", config="architecture", tokenizer="tokenizer")
+    models.prepare(model, folder / "model", data_root=folder)
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt": f"{a} plus {b} is", "answer": " ".join(map(str, rng.integers(0, 10, 2 * work.length)))}
+        for a, b in rng.integers(0, 100, (work.steps * work.rows, 2))
+    ]
+    for name, some in (("train", rows), ("test", [{"prompt": "what is one and one", "answer": "2"}])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    dataset = DatasetConfig(
+        task="generation",
+        source="file",
+        train_file="train.jsonl",
+        test_file="test.jsonl",
+        prompt_field="prompt",
+        answer_field="answer",
+    )
+    sources.prepare(dataset, folder / "dataset", data_root=folder)
+    tokens.tokenize(
+        folder / "dataset",
+        folder / "model",
+        folder / "tokens",
+        max_length=work.length,
+        prompt_template=None,
+        system_prompt=None,
+    )
+    tokenized = tokens.load_tokens(folder / "tokens")
+    world = World(0, 1, torch.device("cpu"))
+    schedule = schedule_of(run_of(work).factors, tokenized, world)
+    batches = list(micro_batches(tokenized, schedule, world, first_step=0, attention="sdpa"))
+    ids = np.stack([batch.inputs["input_ids"].numpy() for batch in batches])
+    assert ids.shape == (work.steps, work.rows, work.length), "a row is shorter than the workload's length"
+    ours = np.stack([batch.labels.numpy() for batch in batches])  # the next token at each place
+    theirs = np.concatenate([np.full_like(ours[..., :1], -100), ours[..., :-1]], axis=-1)  # the token at each place
+    np.savez(folder / "batches.npz", input_ids=ids, labels=theirs)
+    write_json(folder / "run.json", run_of(work).training_spec())
+    work.save(folder)
+
+
+def install(environments: Path, names: list[str]) -> None:
+    """Make the environments of the peers that need one, and fetch PEFT's repository for its loop."""
+    for name in names:
+        requirements = CONTESTANTS[name].requirements
+        if requirements is None:
+            continue
+        place = environments / name
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "torch==2.13.0", "numpy", *requirements], check=True)
+    repository = environments / "peft-repository"
+    if "peft" in names and not repository.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", PEFT_URL, repository], check=True)
+
+
+def race(name: str, folder: Path, environments: Path, warm_up: int) -> dict[str, Any]:
+    """Run one contestant once: tokens per second by our stopwatch, by its own account, and its losses."""
+    contestant = CONTESTANTS[name]
+    python = environments / name / "bin" / "python" if contestant.requirements else Path(sys.executable)
+    work = Workload.load(folder)
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        ended = subprocess.run(
+            [python, HERE / "contestants" / contestant.script, folder, result],
+            env=os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / "peft-repository")},
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+        )
+        if not result.exists():
+            print(ended.stderr, file=sys.stderr)
+            message = ended.stderr.strip().splitlines()[-1:] or ["no message"]
+            return {"error": message[0]}
+        known: dict[str, Any] = json.loads(result.read_text())
+    ends = np.array(known.pop("step_ends_wall_and_cpu_s")[warm_up:])
+    wall_s, cpu_s = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return known | {"tokens_per_second": work.tokens_per_step / wall_s, "cpu_s_per_step": cpu_s}
+
+
+def compare(folder: Path, names: list[str], environments: Path, rounds: int, warm_up: int) -> dict[str, Any]:
+    """All contestants on one workload, `rounds` times in turn."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for turn in range(rounds):
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        for name in order if turn % 2 == 0 else reversed(order):
+            results[name].append(race(name, folder, environments, warm_up))
+            shown = results[name][-1]
+            rate = f"{shown['tokens_per_second']:9.0f} tokens/s" if "error" not in shown else shown["error"]
+            print(f"    round {turn + 1}/{rounds}  {name:18s} {rate}", flush=True)
+    return {name: _summary(results[name], results[OWN], CONTESTANTS[name].same_labels) for name in names}
+
+
+def _summary(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], same_labels: bool) -> dict[str, Any]:
+    if failed := [run["error"] for run in [*theirs, *ours] if "error" in run]:
+        return {"error": failed[0]}
+    apart = None
+    if same_labels:
+        mine, other = np.mean(ours[0]["losses"]), np.mean(theirs[0]["losses"])
+        apart = float(abs(mine - other) / abs(other))
+    return {
+        "tokens_per_second": float(np.median([run["tokens_per_second"] for run in theirs])),
+        "own_tokens_per_second": float(np.median([run["own_tokens_per_second"] for run in theirs])),
+        "ratio": _ratio(_values(ours, "tokens_per_second"), _values(theirs, "tokens_per_second")),
+        "cpu_time_ratio": _ratio(_values(theirs, "cpu_s_per_step"), _values(ours, "cpu_s_per_step")),
+        "mean_loss_relative_difference": apart,
+    }
+
+
+def _values(runs: list[dict[str, Any]], name: str) -> list[float]:
+    return [run[name] for run in runs]
+
+
+def _ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Geometric mean over the rounds, with its interval."""
+    interval = mean(np.log(above) - np.log(below))
+    return {name: math.exp(value) for name, value in asdict(interval).items()}
+
+
+def main() -> None:
+    """Read the command line, race, print and keep the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", action="store_true", help="make the peers' environments, then stop")
+    parser.add_argument("--environments", type=Path, default=HERE / "environments", help="where they are")
+    parser.add_argument("--peers", nargs="+", choices=list(CONTESTANTS)[1:], default=list(CONTESTANTS)[1:])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="json file to keep the results in")
+    arguments = parser.parse_args()
+    names = [OWN, *arguments.peers]
+    if arguments.install:
+        return install(arguments.environments, names)
+    table = []
+    for size in arguments.sizes:
+        for method in arguments.methods:
+            _, _, rows, length = SIZES[size]
+            work = Workload(size, method, arguments.steps, rows, length, 1e-4, 16, 32, arguments.threads)
+            print(f"{size}, {method}", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                prepare(Path(folder) / "work", work)
+                place = arguments.environments.resolve()
+                found = compare(Path(folder) / "work", names, place, arguments.rounds, arguments.steps // 4)
+            table += [{"size": size, "method": method, "contestant": name, **row} for name, row in found.items()]
+    show(table)
+    if arguments.output:
+        described = environment(HERE.parent).as_dict()
+        arguments.output.write_text(json.dumps({"rows": table, "environment": described}, indent=1) + "\n")
+    return None
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """Print the table; a ratio over 1 says that TuneMap is faster."""
+    columns = f"{'size':8s} {'method':6s} {'contestant':18s} {'tokens/s':>9s} {'its own':>9s}"
+    print(f"\n{columns}  {'ours / its':21s}  {'in CPU time':21s}  loss apart")
+    for row in table:
+        start = f"{row['size']:8s} {row['method']:6s} {row['contestant']:18s}"
+        if "error" in row:
+            print(f"{start} did not run: {row['error']}")
+            continue
+        apart = "" if (loss := row["mean_loss_relative_difference"]) is None else f"{loss:.1e}"
+        wall, cpu = (_shown(row[name]) for name in ("ratio", "cpu_time_ratio"))
+        print(f"{start} {row['tokens_per_second']:9.0f} {row['own_tokens_per_second']:9.0f}  {wall}  {cpu}  {apart}")
+
+
+def _shown(interval: dict[str, float]) -> str:
+    return f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+if __name__ == "__main__":
+    main()

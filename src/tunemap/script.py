@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from tunemap.errors import UserError
 
-
 STORAGE = {  # what a disk may say, and what to do about it
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",

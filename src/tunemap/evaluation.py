@@ -26,7 +26,7 @@ from tunemap.files import damaged, read_json, read_sealed, write_atomic, write_j
 from tunemap.run import Run
 from tunemap.training import finished, parent
 from tunemap.training.devices import Devices, lease_devices
-from tunemap.training.failure import Failure, describe, how_it_ended, read_failures, write_failure
+from tunemap.training.failure import Failure, describe, how_it_ended, is_of_storage, read_failures, write_failure
 from tunemap.training.heartbeat import Heartbeat, Watchdog
 from tunemap.training.launch import worker_environment
 
@@ -69,6 +69,8 @@ def evaluate_to_files(
             summary, rows = _combined(run, work, tokens)
             result |= summary
         else:
+            if is_of_storage(failure.reason):
+                raise UserError(f"{failure.reason}; free or repair the disk, then run the workflow again")
             where = f"process {failure.rank}: " if run.factors.gpus > 1 else ""
             result |= {"outcome": "error", "reason": where + failure.reason, "traceback": failure.traceback}
             print(failure.traceback or failure.reason, flush=True)

@@ -28,7 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from tunemap.distributed.strategies import unwrap
 from tunemap.distributed.world import World
-from tunemap.files import read_json, sha256_of, write_json
+from tunemap.errors import UserError
+from tunemap.files import read_sealed, sha256_of, write_sealed
 from tunemap.methods.peft_types import load_method_state, method_state
 from tunemap.training.loop import TrainingState
 
@@ -66,7 +67,7 @@ def save(folder: Path, state: TrainingState, world: World, *, digest: str, strat
             "elapsed_s": state.elapsed_s,
             "sha256": checksums,
         }
-        write_json(target / MANIFEST, manifest)
+        write_sealed(target / MANIFEST, manifest)
         _replace(folder)
     world.barrier()
 
@@ -86,7 +87,10 @@ def _look(folder: Path, digest: str) -> Found:
         current = folder / OLD  # killed between the two renames of `_replace`
     if not (current / MANIFEST).exists():
         return Found(None, "no checkpoint: starting from the first step")
-    manifest = read_json(current / MANIFEST)
+    try:
+        manifest = read_sealed(current / MANIFEST)
+    except UserError:
+        return _set_aside(current, MANIFEST)
     if manifest["digest"] != digest:
         written_by = f"{manifest['strategy']} on {manifest['world_size']} devices"
         return Found(
@@ -94,13 +98,17 @@ def _look(folder: Path, digest: str) -> Found:
         )
     broken = [name for name, expected in manifest["sha256"].items() if not _whole(current / name, expected)]
     if broken:
-        aside = folder / "checkpoint.corrupt"
-        shutil.rmtree(aside, ignore_errors=True)
-        current.rename(aside)
-        return Found(None, f"{', '.join(broken)} of the checkpoint is damaged: set aside in {aside}, starting anew")
+        return _set_aside(current, ", ".join(broken))
     if current.name != CURRENT:
         current.rename(folder / CURRENT)
     return Found(manifest, f"resuming after step {manifest['step']}")
+
+
+def _set_aside(checkpoint: Path, broken: str) -> Found:
+    aside = checkpoint.with_name("checkpoint.corrupt")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    return Found(None, f"{broken} of the checkpoint is damaged: set aside in {aside}, starting anew")
 
 
 def restore(folder: Path, state: TrainingState, world: World, manifest: dict[str, Any]) -> None:

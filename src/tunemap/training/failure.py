@@ -5,6 +5,8 @@ Imports no torch: a worker whose torch is broken must still be able to say so.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import signal
 import traceback
@@ -16,6 +18,10 @@ from tunemap.errors import UserError
 from tunemap.files import read_json, write_json
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory", re.I)
+_STORAGE = re.compile(
+    "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)))
+    + r"|unexpected pos \d+ vs|file write failed"  # how torch says it
+)
 _ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+) ?(GiB|MiB|KiB|bytes)")
 _FREE = re.compile(r"([\d.]+) ?(GiB|MiB|KiB|bytes)(?: is)? free")
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
@@ -77,6 +83,11 @@ def how_it_ended(code: int | None, doing: str = "training") -> str:
         hint = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
         return f"the {doing} process was ended by {name}{hint}"
     return f"the {doing} process ended with exit code {code} and left no message; see the log of this run"
+
+
+def is_of_storage(reason: str) -> bool:
+    """Whether a failure says nothing of the run, only of the disk: full, read-only, over quota, broken."""
+    return _STORAGE.search(reason) is not None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

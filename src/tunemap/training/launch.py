@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tunemap.errors import UserError
 from tunemap.files import read_json, write_atomic, write_json, write_sealed
 from tunemap.gates import GateResult, reason, tripped
 from tunemap.gates.measurement import mfu_bounds_gate, throughput_gate, wall_gate
@@ -29,7 +30,14 @@ from tunemap.measure.flops import utilisation
 from tunemap.run import Run
 from tunemap.training import finished, parent, steps
 from tunemap.training.devices import Devices, lease_devices
-from tunemap.training.failure import Failure, UnsupportedRunError, describe, how_it_ended, read_failures
+from tunemap.training.failure import (
+    Failure,
+    UnsupportedRunError,
+    describe,
+    how_it_ended,
+    is_of_storage,
+    read_failures,
+)
 from tunemap.training.heartbeat import STOP, Watchdog
 from tunemap.training.hostmemory import oom_kills
 from tunemap.training.lease import hold
@@ -40,6 +48,7 @@ POLL_SECONDS = 0.05
 STALL_LIMIT_S = 600.0
 END_LIMIT_S = 60.0  # between the result of a run and the end of its processes
 STOP_LIMIT_S = 100.0  # between the first signal to stop and the checkpoint; a scheduler warns 120 s before its limit
+RESUMES = "the run resumes from its last checkpoint"
 TRY_AGAIN = os.EX_TEMPFAIL  # exit code where another attempt, with more memory, may help
 
 
@@ -123,6 +132,9 @@ def _launch(run: Run, paths: Paths, device: str, attempts_left: int) -> int:
         return TRY_AGAIN
     except Exception as error:
         ended = Ended(describe(error, rank=0, phase="start", step=None))
+    if ended is not None and ended.failure is not None and is_of_storage(ended.failure.reason):
+        paths.outcome.unlink(missing_ok=True)
+        raise UserError(f"{ended.failure.reason}; free or repair the disk and start again: {RESUMES}")
     outcome = _described(run, paths, ended)
     outcome |= {"started_at": started_at.isoformat(timespec="seconds"), "wall_s": time.monotonic() - started}
     if outcome["outcome"] != "ok":

@@ -167,9 +167,10 @@
       `${title(across.value)} (${data.axes[across.value].less ? "← less" : "more →"} is better)`);
     drawn(svg, "text", { transform: `translate(15 ${(MARGIN.top + bottom) / 2}) rotate(-90)`, "text-anchor": "middle", class: "axis" },
       `${title(up.value)} (${data.axes[up.value].less ? "↓ less" : "more ↑"} is better)`);
-    if (across.value === "memory" && limit < xs.end) {
-      drawn(svg, "rect", { x: x(limit), y: MARGIN.top, width: Math.max(0, right - x(limit)), height: tall, class: "beyond" });
-      drawn(svg, "line", { x1: x(limit), x2: x(limit), y1: MARGIN.top, y2: bottom, class: "limit" });
+    if (across.value === "memory" && limit < xs.end) { // what does not fit is shaded
+      const from = x(Math.max(limit, xs.begin));
+      drawn(svg, "rect", { x: from, y: MARGIN.top, width: right - from, height: tall, class: "beyond" });
+      drawn(svg, "line", { x1: from, x2: from, y1: MARGIN.top, y2: bottom, class: "limit" });
     }
     const taken = shown.map((point) => box(x(point[across.value][0]) - 9, y(point[up.value][0]) - 9, 18, 18));
     for (const point of shown) for (const [key, at] of [[across.value, 0], [up.value, 1]]) { // labels keep off the bars

@@ -156,6 +156,9 @@ def test_experiments_and_axes_can_be_chosen(fresh):
 def test_budget_says_what_fits_and_fades_the_rest(fresh):
     set_value(fresh, "#budget", 0, "input")
     assert "0 of 6 fit" in fresh.evaluate("document.querySelector('.fits').textContent")
+    shaded, grid = "document.querySelector('.beyond').getBBox()", "document.querySelector('.grid').getBBox()"
+    assert fresh.evaluate(f"{shaded}.x") >= 84  # never left of the axis
+    assert fresh.evaluate(f"{shaded}.height") == fresh.evaluate(f"{grid}.height")
     data = fresh.evaluate("JSON.parse(document.getElementById('map-data').textContent).points")
     needs = sorted(one["memory"][0] for one in data if one["memory"] and one["experiment"] == "methods")
     steps = [

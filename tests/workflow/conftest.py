@@ -88,7 +88,7 @@ class Checkout:
 
     def planned(self) -> set[str]:
         """Jobs that a dry run plans, as `rule` or `rule run-id`, without the final target."""
-        done = self.snakemake("--dry-run")
+        done = self.snakemake("--dry-run", TUNEMAP_PLANNING="off")
         assert done.returncode == 0, done.stdout + done.stderr
         text = done.stdout + done.stderr
         jobs = re.split(r"^(?:local)?rule ", text, flags=re.MULTILINE)[1:]

@@ -35,6 +35,15 @@ shell.prefix(
 )
 
 
+# A study given with --configfile replaces the default study; Snakemake itself would merge the two.
+STUDY_FILE = Path(
+    [
+        CHECKOUT / "config" / "config.yaml",
+        *(workflow.config_settings.configfiles or []),
+    ][-1]
+)
+
+
 def _plan() -> FrozenPlan:
     """The plan of this workflow. Spawned jobs take the plan of the workflow that spawned them, not today's file."""
     frozen = thaw(os.environ)
@@ -45,11 +54,7 @@ def _plan() -> FrozenPlan:
         raise UserError(
             f"--config {unknown[0]}: only data_root and scale can be given there; edit the study file instead"
         )
-    # A study given with --configfile replaces the default study; Snakemake itself would merge the two.
-    files = workflow.config_settings.configfiles or [
-        CHECKOUT / "config" / "config.yaml"
-    ]
-    plan = load_plan(Path(files[-1]), **given)
+    plan = load_plan(STUDY_FILE, **given)
     return freeze(plan, Path(".snakemake") / "tunemap", os.environ)
 
 

@@ -23,6 +23,7 @@ from tunemap.run import Run
 
 FINISHED, NEXT = "finished", "finished.next"
 WEIGHTS, STEPS, OUTCOME, KEY, SUMS = "weights", "steps.csv", "outcome.json", "key.json", "sha256.json"
+TIMESTAMP = ".snakemake_timestamp"  # what Snakemake puts into a folder that is an output
 
 
 def key_of(run: Run, inputs: dict[str, Path]) -> dict[str, str]:
@@ -97,7 +98,7 @@ def _is_whole(folder: Path) -> bool:
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a folder by its name there, those about the folder itself left out."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (KEY, SUMS))
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (KEY, SUMS, TIMESTAMP))
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(files)}
 
 

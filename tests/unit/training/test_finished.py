@@ -78,3 +78,10 @@ def test_a_change_of_the_prepared_model_changes_the_key(tmp_path, make_run):
     model.write_text("{}")
     assert finished.key_of(run, {"model": model}) != first
     assert first["digest"] == run.training_digest
+
+
+def test_what_snakemake_puts_into_a_folder_is_not_part_of_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = finished.checksums(tmp_path)
+    (tmp_path / ".snakemake_timestamp").touch()
+    assert finished.checksums(tmp_path) == before

@@ -38,8 +38,9 @@ lint: install ## format, style, types, and Snakemake's own linter
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 
-bench: install ## print what the instruments cost, and how fast traces are read
+bench: install ## print what the instruments cost, GoRA's throughput beside LoRA's, and how fast traces are read
 	python benchmarks/overhead.py
+	python benchmarks/gora_throughput.py
 	python benchmarks/agreement.py
 	python benchmarks/extraction.py
 	python benchmarks/report.py

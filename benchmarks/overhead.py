@@ -1,18 +1,21 @@
 """What our own instruments cost: the step time of the training loop over that of a bare PyTorch loop.
 
-    python benchmarks/overhead.py                     # ~25M-parameter Qwen2, 4 x 64 tokens, CPU, under 2 minutes
-    python benchmarks/overhead.py --device cuda --steps 500
+    python benchmarks/overhead.py                     # ~25M-parameter Qwen2, 2 x 64 tokens, CPU, under 6 minutes
+    python benchmarks/overhead.py --device cuda --pairs 400
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
 
-The instrumented steps are those of `tunemap.training.loop.Loop` itself; the bare ones are the same work written down
-plainly: forward, cross-entropy over the label tokens, backward, clipping, AdamW. The loop asks for its next batch at
-the start of each step: there a bare step is run and timed, so that bare and instrumented steps alternate on the same
-model, and drift of the machine falls on both alike. What lies between two requests is the instrumented step, with all
-that the loop does: phases marked, and every 5 steps (half as many as in a run) losses and times read, records written.
+The instrumented steps are those of `tunemap.training.loop.Loop` itself, signs of life included; the bare ones are the
+same work written down plainly: forward, cross-entropy over the label tokens, backward, clipping, AdamW. The loop asks
+for its next batch at the start of each step: there bare steps are run and timed, on the same model, in the order bare,
+instrumented, instrumented, bare, in which a steady drift of the machine cancels. In each such block losses and times
+are read and records written: five times as often as in a run.
 
-The ratio is that of the sums over a logging window, its median over windows with a bootstrap interval. CPU time is
-printed beside wall time: on a machine shared with others it is the steadier one.
-The target is a ratio under 1.01. Beside it stands the cost of the clock alone, timed without any model.
+The ratio is the median over blocks with a bootstrap interval. Every other block is a null comparison, bare steps
+against bare steps in the same harness: what it says besides 1 is the harness. CPU time is printed beside wall time: on
+a machine shared with others it is the steadier one. The target is a ratio under 1.01.
+
+Beside it stands the direct measurement: the same loop over a model of almost no work, where the difference of the two
+loops is all that there is to see. It is the instruments' time per step, and its share of the bare step above.
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from paired import ratio_of
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -35,22 +41,24 @@ from tunemap.config import Factors
 from tunemap.data.batches import batch_schedule
 from tunemap.data.collate import IGNORED, Batch
 from tunemap.distributed.world import World
-from tunemap.measure.clock import PHASES, StepClock, summarise
 from tunemap.measure.environment import environment
+from tunemap.training.heartbeat import Heartbeat
 from tunemap.training.loop import Loop, TrainingState
 from tunemap.training.optimizer import build_optimizer
 from tunemap.training.precision import PRECISIONS
 from tunemap.training.steps import append_records
 
-SEQUENCES, LENGTH = 4, 64
-WINDOW = 5  # steps between flushes; the default of a run is 10
+SEQUENCES, LENGTH = 2, 64
+WINDOW = 2  # steps between flushes, as many as a block has; the default of a run is 10
+DIRECT_PAIRS = 200
 TARGET = 1.01
+VOCABULARY = 16384
 
 
 def model_of_25_million() -> Qwen2ForCausalLM:
     """A Qwen2 with about 25 million parameters, random weights."""
     config = Qwen2Config(
-        vocab_size=16384,
+        vocab_size=VOCABULARY,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=6,
@@ -69,13 +77,13 @@ class EnoughError(Exception):
 class Loops:
     """The same step, bare and by the training loop, on one model."""
 
-    def __init__(self, device: str, folder: Path, steps: int) -> None:
-        torch.manual_seed(0)
-        self.device = device
-        self.model = model_of_25_million().to(device).train()
+    def __init__(self, device: str, folder: Path, pairs: int, model: nn.Module) -> None:
+        steps = 2 * (pairs + 2)
+        self.device, self.pairs = device, pairs
+        self.model = model.to(device).train()
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(self.model, name="adamw", learning_rate=1e-5, weight_decay=0.0)
-        ids = torch.randint(0, 16384, (SEQUENCES, LENGTH), device=device)
+        ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), device=device)
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
         count = SEQUENCES * (LENGTH - 1)
         self.batch = Batch({"input_ids": ids}, labels, SEQUENCES * LENGTH, count, SEQUENCES * LENGTH, SEQUENCES)
@@ -97,6 +105,7 @@ class Loops:
             label_tokens=[count] * steps,
             write=lambda records: append_records(folder / "steps.rank0.csv", records),
             window_ended=lambda state, loss: None,
+            beat=Heartbeat(folder, 0).beat,
         )
 
     def bare(self) -> None:
@@ -111,25 +120,33 @@ class Loops:
         logits = self.model(input_ids=self.batch.inputs["input_ids"]).logits
         return cross_entropy(logits.flatten(0, -2).float(), self.batch.labels.flatten(), reduction="sum")
 
-    def paired_times(self, limit_s: float) -> np.ndarray:
-        """Seconds as [step, bare | instrumented, wall | CPU] of whole windows, the first window left out."""
-        times: list[list[np.ndarray]] = []
+    def paired_times(self, limit_s: float) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of the blocks, and of the null blocks, as [block, bare | other, wall | CPU], warm-up left out."""
+        found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         deadline = time.perf_counter() + limit_s
 
+        def timed(work: Callable[[], None]) -> np.ndarray:
+            start = self._now()
+            work()
+            return self._now() - start
+
         def batches() -> Iterator[Batch]:
-            while True:
-                if len(times) % WINDOW == 0 and time.perf_counter() > deadline:
+            for _ in range(self.pairs + 2):
+                if time.perf_counter() > deadline:
                     raise EnoughError
+                first = timed(self.bare)
                 start = self._now()
-                self.bare()
-                middle = self._now()
                 yield self.batch
-                times.append([middle - start, self._now() - middle])
+                yield self.batch
+                instrumented = self._now() - start
+                found[0].append(np.array([first + timed(self.bare), instrumented]))
+                a, b, c, d = (timed(self.bare) for _ in range(4))
+                found[1].append(np.array([a + d, b + c]))
+            raise EnoughError
 
         with suppress(EnoughError):
             self.loop.train(TrainingState(self.model, self.optimizer, scaler=None, memory={}), batches())
-        whole = len(times) // WINDOW * WINDOW
-        return np.array(times[WINDOW:whole])
+        return np.array(found[0][2:]), np.array(found[1][2:])
 
     def _now(self) -> np.ndarray:
         """Wall and CPU clock, the device idle."""
@@ -138,68 +155,71 @@ class Loops:
         return np.array([time.perf_counter(), time.process_time()])
 
 
-def window_ratio(bare: np.ndarray, instrumented: np.ndarray) -> dict[str, float]:
-    """Median over windows of instrumented / bare, with a 95 % bootstrap interval over windows."""
-    ratios = instrumented.reshape(-1, WINDOW).sum(axis=1) / bare.reshape(-1, WINDOW).sum(axis=1)
-    samples = np.random.default_rng(0).choice(ratios, size=(10_000, ratios.size))
-    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
-    return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
+class Trifle(nn.Module):
+    """A model of almost no work, with the interface of the real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(4))
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        """The same four logits for each token."""
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 4))
 
 
-def clock_alone_cpu_s(device: str) -> float:
-    """Host seconds of the clock alone in one step: six stamps, and their share of a window's flush."""
-    clock, steps = StepClock(device), 5_000
-    start = time.process_time()
-    for step in range(steps):
-        clock.begin(step)
-        for phase in PHASES:
-            clock.mark(phase)
-        clock.end()
-        if step % WINDOW == WINDOW - 1:
-            summarise([record.step_time_s for record in clock.flush()])
-    return (time.process_time() - start) / steps
+def instruments_alone_s(device: str, folder: Path) -> float:
+    """Host seconds that the loop adds to a step, measured where the step itself is almost nothing."""
+    loops = Loops(device, folder, DIRECT_PAIRS, Trifle())
+    loops.batch.labels.clamp_(max=3)
+    times, null = loops.paired_times(limit_s=60.0)
+    added = (times[:, 1, 0] - times[:, 0, 0]) - (null[:, 1, 0] - null[:, 0, 0])
+    return float(np.median(added)) / 2  # a block has two steps of each
 
 
-def measure(device: str, steps: int, limit_s: float) -> dict[str, Any]:
+def measure(device: str, pairs: int, limit_s: float) -> dict[str, Any]:
     """Everything that this benchmark says, as JSON-able data."""
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        loops = Loops(device, Path(folder), steps)
-        times = loops.paired_times(limit_s)
-    alone_s = clock_alone_cpu_s(device)
-    bare_s = float(np.median(times[:, 0, 0]))
+        alone_s = instruments_alone_s(device, Path(folder))
+        loops = Loops(device, Path(folder), pairs, model_of_25_million())
+        times, null = loops.paired_times(limit_s)
+    bare_s = float(np.median(times[:, 0, 0])) / 2
     return {
         "device": device,
         "parameters": sum(parameter.numel() for parameter in loops.model.parameters()),
-        "pairs": len(times),
+        "blocks": len(times),
         "bare_step_s": bare_s,
-        "wall": window_ratio(times[:, 0, 0], times[:, 1, 0]),
-        "cpu": window_ratio(times[:, 0, 1], times[:, 1, 1]),
-        "clock_alone_s": alone_s,
-        "clock_alone_share": alone_s / bare_s,
+        "wall": ratio_of(times[..., 0])._asdict(),
+        "cpu": ratio_of(times[..., 1])._asdict(),
+        "null_wall": ratio_of(null[..., 0])._asdict(),
+        "null_cpu": ratio_of(null[..., 1])._asdict(),
+        "instruments_alone_s": alone_s,
+        "instruments_alone_share": alone_s / bare_s,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--steps", type=int, default=1000, help="most pairs of steps (default: %(default)s)")
-    parser.add_argument("--limit-s", type=float, default=90.0, help="stop after this long (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=150, help="most blocks of each kind (default: %(default)s)")
+    parser.add_argument("--limit-s", type=float, default=300.0, help="stop after this long (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the result with its environment as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result = measure(arguments.device, arguments.steps, arguments.limit_s)
+    result = measure(arguments.device, arguments.pairs, arguments.limit_s)
     millions = result["parameters"] / 1e6
-    print(f"{millions:.1f} M parameters, {result['pairs']} pairs of steps, bare {result['bare_step_s']:.4f} s/step")
+    blocks = f"{result['blocks']} blocks of 2 + 2 steps"
+    print(f"{millions:.1f} M parameters, {blocks}, bare {result['bare_step_s']:.4f} s/step")
     for clock in ("wall", "cpu"):
-        ratio = result[clock]
+        ratio, null = result[clock], result[f"null_{clock}"]
         verdict = "under" if ratio["high"] < TARGET else "not shown to be under"
         print(
-            f"{clock:>4} time, instrumented / bare: {ratio['ratio']:.4f} "
-            f"[{ratio['low']:.4f}, {ratio['high']:.4f}], {verdict} {TARGET}"
+            f"{clock:>4} time, instrumented / bare: {ratio['ratio']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}], "
+            f"{verdict} {TARGET}; bare / bare: {null['ratio']:.4f} [{null['low']:.4f}, {null['high']:.4f}]"
         )
-    share = result["clock_alone_share"]
-    print(f"clock alone: {result['clock_alone_s'] * 1e6:.1f} µs/step, {share:.2e} of the bare step")
+    share = result["instruments_alone_share"]
+    print(f"instruments alone: {result['instruments_alone_s'] * 1e6:.0f} µs/step, {share:.2%} of the bare step")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         record = result | {"environment": environment(Path(__file__).resolve().parents[1]).as_dict()}

@@ -1,6 +1,5 @@
 """The gates: each passes on what is sound and trips on the flaw that it is for; docs/validity.md says which."""
 
-import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from unittest.mock import call
 import pytest
 
 from tunemap.gates import (
+    GATES,
     GateResult,
     disjoint_gate,
     generation_limit_gate,
@@ -27,7 +27,6 @@ from tunemap.gates.model import (
     quantised_layers_gate,
     recomputation_gate,
 )
-from tunemap.gates.result import GATES
 from tunemap.gates.training import finite_loss_gate, gradient_norm_gate, replicas_gate, trained_weights_gate
 
 SOUND = {
@@ -95,12 +94,8 @@ def test_a_generation_limit_below_the_references_is_a_warning(limit: int, passed
 
 # --- the list of gates ------------------------------------------------------------------------------------
 
-MODULES = ("data", "model", "training", "measurement", "comparison")
-
 
 def all_gates():
-    for name in MODULES:
-        importlib.import_module(f"tunemap.gates.{name}")
     return GATES
 
 

@@ -2,7 +2,7 @@
 
 A fatal gate that did not pass makes a run `invalid`; one that is not fatal is a warning printed in the report.
 Each gate's docstring names the mistake that it prevents and the published number that it would have stopped;
-`docs/validity.md` is generated from them. By place:
+`docs/validity.md` is generated from them, and GATES lists them all. By place:
 
     data         what is trained on and asked, before any training
     model        each factor took effect in the model that is trained
@@ -11,6 +11,7 @@ Each gate's docstring names the mistake that it prevents and the published numbe
     comparison   what may be set beside what
 """
 
+from tunemap.gates import comparison, measurement, model, training  # each of them fills GATES
 from tunemap.gates.data import (
     disjoint_gate,
     generation_limit_gate,
@@ -19,16 +20,21 @@ from tunemap.gates.data import (
     order_gate,
     truncation_gate,
 )
-from tunemap.gates.result import GateResult, reason, tripped
+from tunemap.gates.result import GATES, GateResult, reason, tripped
 
 __all__ = [
+    "GATES",
     "GateResult",
+    "comparison",
     "disjoint_gate",
     "generation_limit_gate",
     "label_gates",
     "labels_gate",
+    "measurement",
+    "model",
     "order_gate",
     "reason",
+    "training",
     "tripped",
     "truncation_gate",
 ]

@@ -32,7 +32,7 @@ class Gate:
         return self.function.__name__.removesuffix("_gate")
 
 
-GATES: list[Gate] = []  # filled as the modules of this package are imported
+GATES: list[Gate] = []  # filled as the package is imported
 
 
 def gate(number: int) -> Callable[[Function], Function]:

@@ -8,7 +8,6 @@ The first table is made of the gates' docstrings, the second of docs/flaws.yaml;
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import re
 from pathlib import Path
@@ -18,7 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from tunemap.files import write_atomic
-from tunemap.gates.result import GATES, Gate
+from tunemap.gates import GATES
+from tunemap.gates.result import Gate
 
 MODULES = ("data", "model", "training", "measurement", "comparison")
 
@@ -83,8 +83,6 @@ def explain(gate: Gate) -> Explained:
 
 def gates() -> list[Gate]:
     """Every gate by number, then in the order of the modules and of their lines."""
-    for module in MODULES:
-        importlib.import_module(f"tunemap.gates.{module}")
 
     def place(gate: Gate) -> tuple[int, int, int]:
         module = gate.function.__module__.rpartition(".")[2]

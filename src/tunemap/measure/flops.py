@@ -12,7 +12,7 @@ needs no dX. Tied or not, the output layer costs the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -155,12 +155,6 @@ class Trained:
     def rank(self, name: str) -> int:
         """The rank of the update beside module `name`, 0 if there is none."""
         return self.ranks.get(name, 0)
-
-
-def uniform_ranks(shape: ModelShape, rank: int, targets: Iterable[str]) -> dict[str, int]:
-    """Rank `rank` on every module whose last name part is in `targets`, as PEFT's target_modules select them."""
-    wanted = set(targets)
-    return {layer.name: rank for layer in shape.linears if layer.name.rpartition(".")[2] in wanted}
 
 
 def trained_of(model: Any, shape: ModelShape) -> Trained:

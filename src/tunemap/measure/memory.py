@@ -7,9 +7,9 @@ resident-set size is not faithful there, because malloc keeps freed pages (it ca
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -404,12 +404,3 @@ def memory_record(device: Any, tracker: LiveStorage | None = None) -> MemoryReco
         host_rss_peak_bytes=host_rss_peak_bytes(),
         **{f"{category}_bytes": breakdown.get(category) for category in CATEGORIES},
     )
-
-
-def maximum(records: Iterable[MemoryRecord]) -> MemoryRecord:
-    """Column by column, the largest over ranks; a column is None unless every rank has it. Raises on no records."""
-    ranks = list(records)
-    if not ranks:
-        raise ValueError("no memory records")
-    columns = {field.name: [getattr(rank, field.name) for rank in ranks] for field in fields(MemoryRecord)}
-    return MemoryRecord(**{name: None if None in values else max(values) for name, values in columns.items()})

@@ -422,7 +422,7 @@ def plan(
     unsharded model; all of them return the same plan.
     The gradient buffers take 4 bytes per target weight on `buffer_device`; besides them at most one layer's gradient
     exists at a time. `tracker` measures peak memory; without it CUDA's own counter does (and is reset), on CPU nothing.
-    `measure` gives the importance of (weight, gradient) in place of the settings': the planner's tensors hold no values.
+    `measure` gives the importance of (weight, gradient) in place of the settings': a planner's tensors have no values.
     """
     shapes = target_shapes(model, targets)
     if route not in ROUTES:

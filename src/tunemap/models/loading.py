@@ -166,11 +166,6 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
 
 
-def block_class_names(model: nn.Module) -> tuple[str, ...]:
-    """The class names of the transformer blocks, sorted."""
-    return tuple(sorted({type(block).__name__ for block in transformer_blocks(model)}))
-
-
 def assert_quantised(model: nn.Module) -> int:
     """Number of 4-bit linear layers; raises unless every linear layer of the blocks is one, with packed weights.
 

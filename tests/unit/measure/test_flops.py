@@ -16,7 +16,6 @@ from tunemap.measure.flops import (
     model_shape,
     step_flops,
     trained_of,
-    uniform_ranks,
 )
 
 torch.set_num_threads(1)
@@ -107,7 +106,9 @@ def counted(config, trained, batches, gradient_checkpointing=False):
 
 
 def adapters(config, rank=4, targets=ALL_LINEAR, modules=frozenset()):
-    return Trained(ranks=uniform_ranks(model_shape(config), rank, targets), modules=modules)
+    """One rank on every module whose last name part is in `targets`, as peft's target_modules select them."""
+    names = [layer.name for layer in model_shape(config).linears]
+    return Trained(ranks={name: rank for name in names if name.rpartition(".")[2] in targets}, modules=modules)
 
 
 def uneven(config):
@@ -215,7 +216,7 @@ def test_more_rank_costs_more_and_rank_zero_costs_no_more_than_inference(rank, g
     cost = [
         step_flops(
             shape,
-            Trained(ranks=uniform_ranks(shape, r, ALL_LINEAR)),
+            adapters(qwen2(), r),
             [(2, 16)],
             gradient_checkpointing=gradient_checkpointing,
             input_requires_grad=False,

@@ -11,9 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from tunemap.measure import memory
 from tunemap.measure.memory import (
     CATEGORIES,
-    MemoryRecord,
     host_rss_peak_bytes,
-    maximum,
     memory_record,
     memory_snapshot,
     reset_host_rss_peak,
@@ -384,11 +382,3 @@ def test_a_cuda_record_takes_the_allocators_counts(monkeypatch):
     record = memory_record("cuda:0", tracker)
     assert (record.peak_allocated_bytes, record.peak_reserved_bytes, record.end_allocated_bytes) == (7, 11, 3)
     assert (record.driver_process_bytes, record.parameters_bytes) == (13, 256)
-
-
-def test_maximum_over_ranks_is_by_column_and_keeps_absence():
-    first = MemoryRecord(peak_allocated_bytes=5, host_rss_peak_bytes=9, peak_reserved_bytes=1)
-    second = MemoryRecord(peak_allocated_bytes=7, host_rss_peak_bytes=2)
-    assert maximum([first, second]) == MemoryRecord(peak_allocated_bytes=7, host_rss_peak_bytes=9)
-    with pytest.raises(ValueError, match="no memory records"):
-        maximum([])

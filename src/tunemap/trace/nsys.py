@@ -33,6 +33,7 @@ from tunemap.trace.arrays import (
     Trace,
     dense,
 )
+from tunemap.trace.nccl import SIZE_FIELD, Announced, messages_of, payload_bytes
 from tunemap.trace.pages import integer_columns
 
 GRAPH_NAME = "CUDA graph (traced as a whole)"
@@ -141,7 +142,7 @@ class _Export:
             copies=copies,
             calls=calls,
             ranges=ranges,
-            messages=Messages.empty(),
+            messages=self._messages(kernels, calls),
             notes=tuple(self.notes),
         )
 
@@ -349,6 +350,35 @@ class _Export:
         return Ranges.build(
             process=self._process(thread >> 24), thread=thread & 0xFFFFFF, start_ns=start, end_ns=end, name=index
         )
+
+    def _messages(self, kernels: Kernels, calls: Calls) -> Messages:
+        """Sizes of NCCL's messages, where the export has the payloads of its ranges."""
+        fields = {"domainId", "schemaId", "name", "offset"}
+        if not fields <= self._columns("NVTX_PAYLOAD_SCHEMA_ENTRIES") or not {
+            "binaryData",
+            "domainId",
+        } <= self._columns("NVTX_EVENTS"):
+            return Messages.empty()
+        entries = self.connection.execute(
+            "SELECT domainId, schemaId, offset FROM NVTX_PAYLOAD_SCHEMA_ENTRIES WHERE name = ?", (SIZE_FIELD,)
+        )
+        offsets = {(domain & 0xFFFFFFFF, schema & 0xFFFFFFFF): offset or 0 for domain, schema, offset in entries}
+        rows = self.connection.execute(
+            """SELECT e.start, e.globalTid, COALESCE(e.text, (SELECT value FROM StringIds WHERE id = e.textId)),
+            e.binaryData FROM NVTX_EVENTS AS e
+            WHERE e.binaryData IS NOT NULL AND e.start IS NOT NULL AND e.globalTid IS NOT NULL"""
+        ).fetchall()
+        if not rows:
+            return Messages.empty()
+        process = self._process(np.array([row[1] for row in rows], np.int64) >> 24)
+        announced = []
+        for index, (start, thread, name, blob) in zip(process, rows, strict=True):
+            size = payload_bytes(blob, offsets) if isinstance(blob, bytes) else None
+            if size is not None:
+                announced.append(Announced(int(index), thread & 0xFFFFFF, start, name or "", size))
+        nccl = {index for name, index in self.names.items() if "nccl" in name.lower()}
+        communicates = np.flatnonzero(np.isin(kernels.name, list(nccl))).tolist()
+        return messages_of(kernels, calls, communicates, announced)
 
     def _capture_end(self) -> int:
         """The last time in the export: where a range that was never closed must end."""

@@ -70,7 +70,7 @@ def evaluate_to_files(
             result |= summary
         else:
             if is_of_storage(failure.reason):
-                raise UserError(f"{failure.reason}; free or repair the disk, then run the workflow again")
+                raise UserError(f"{failure.reason}; when the disk is in order, run the workflow again")
             where = f"process {failure.rank}: " if run.factors.gpus > 1 else ""
             result |= {"outcome": "error", "reason": where + failure.reason, "traceback": failure.traceback}
             print(failure.traceback or failure.reason, flush=True)

@@ -20,6 +20,7 @@ from tunemap.files import read_json, write_json
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory", re.I)
 _STORAGE = re.compile(
     "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)))
+    + r"|was set aside as|: move it away and run again"  # files.damaged
     + r"|unexpected pos \d+ vs|file write failed"  # how torch says it
 )
 _ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+) ?(GiB|MiB|KiB|bytes)")
@@ -86,7 +87,7 @@ def how_it_ended(code: int | None, doing: str = "training") -> str:
 
 
 def is_of_storage(reason: str) -> bool:
-    """Whether a failure says nothing of the run, only of the disk: full, read-only, over quota, broken."""
+    """Whether a failure says nothing of the run, only of the disk (full, read-only, broken) or of damage on it."""
     return _STORAGE.search(reason) is not None
 
 

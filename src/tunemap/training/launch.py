@@ -134,7 +134,7 @@ def _launch(run: Run, paths: Paths, device: str, attempts_left: int) -> int:
         ended = Ended(describe(error, rank=0, phase="start", step=None))
     if ended is not None and ended.failure is not None and is_of_storage(ended.failure.reason):
         paths.outcome.unlink(missing_ok=True)
-        raise UserError(f"{ended.failure.reason}; free or repair the disk and start again: {RESUMES}")
+        raise UserError(f"{ended.failure.reason}; when the disk is in order, start again: {RESUMES}")
     outcome = _described(run, paths, ended)
     outcome |= {"started_at": started_at.isoformat(timespec="seconds"), "wall_s": time.monotonic() - started}
     if outcome["outcome"] != "ok":

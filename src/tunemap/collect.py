@@ -2,6 +2,7 @@
 
     results/STUDY/runs/RUN/outcome.json, steps.csv        what training wrote
     results/STUDY/evaluations/RUN/evaluation.json, predictions.jsonl
+    results/STUDY/predictions.json         what was predicted of each run
     results/STUDY/tables/runs.csv          one row per run, in the plan's order
     results/STUDY/tables/experiments.csv   which run belongs to which experiment
     results/STUDY/tables/points.csv        one row per experiment and point: all factors but the seed
@@ -33,6 +34,13 @@ from tunemap.files import read_json, read_sealed, sha256_of, write_atomic
 from tunemap.gates.comparison import memory_prediction_gate
 from tunemap.gates.measurement import mfu_bounds_gate
 from tunemap.measure.datasheet import datasheet_columns, hardware_of
+from tunemap.planner.calibration import (
+    CALIBRATION,
+    calibration_row,
+    predicted_columns,
+    read_predictions,
+    update_calibration,
+)
 from tunemap.report.comparisons import COMPARISON_COLUMNS, GATE_COLUMNS, compare
 from tunemap.report.equal_factors import fingerprint
 from tunemap.report.latex import comparisons_latex, points_latex
@@ -136,6 +144,7 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
     """
     plan = read_json(plan_path)
     _refuse_foreign_results(plan, results_dir)
+    predictions = read_predictions(results_dir)
     losses, results = [], {}
     for run, planned in plan["runs"].items():
         result = _read_run(run, planned, results_dir)
@@ -145,6 +154,9 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
         if curve is not None:
             curve.insert(0, "run", run)
             losses.append(curve)
+        if result.measurements:
+            columns = predicted_columns(predictions.get(run))
+            result = replace(result, measurements=result.measurements | columns)
         results[run] = _apply_gates(_with_datasheet(result, plan["hardware"].get("description")))
     points, comparisons, comparison_gates = compare(plan, results)
     memberships: dict[str, list[str]] = {run: [] for run in results}
@@ -489,6 +501,18 @@ def table_texts(collected: Tables) -> dict[str, str]:
     texts["points.tex"] = points_latex(collected.points)
     texts["comparisons.tex"] = comparisons_latex(collected.comparisons)
     return texts
+
+
+def _calibrate(plan: dict[str, Any], results_dir: Path, runs: pd.DataFrame) -> None:
+    """Set what was predicted of this study's finished runs beside what was measured, in the record of all studies."""
+    predictions = read_predictions(results_dir)
+    rows = [
+        calibration_row(results_dir.name, row["run"], plan["runs"][row["run"]]["digest"], predictions[row["run"]], row)
+        for row in ({str(name): value for name, value in one.items()} for one in runs.to_dict("records"))
+        if row["outcome"] == "ok" and row["run"] in predictions
+    ]
+    if rows:
+        update_calibration(results_dir.parent / CALIBRATION, results_dir.name, rows)
 
 
 def read_tables(folder: Path) -> Tables:

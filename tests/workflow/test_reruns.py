@@ -4,7 +4,7 @@ import copy as copies
 
 from .conftest import BASE, FULL, LORA
 
-TABLES = {"tables", "figures", "database", "write_report"}
+TABLES = {"predict", "tables", "figures", "database", "write_report"}
 
 
 def test_a_finished_study_has_nothing_to_do(finished):

@@ -25,6 +25,7 @@ STAGES = (
     "evaluate_run",
     "capture_run",
     "extract_facts",
+    "predict_runs",
     "make_tables",
     "make_figures",
     "make_database",

@@ -141,6 +141,26 @@ def run_tokens(wildcards):
     return f"results/shared/tokens/{PLAN.runs[wildcards.run].tokens_key}"
 
 
+def trained_models(wildcards):
+    return sorted(
+        {
+            f"results/shared/models/{run.model_key}"
+            for run in PLAN.runs.values()
+            if not run.is_base
+        }
+    )
+
+
+def trained_tokens(wildcards):
+    return sorted(
+        {
+            f"results/shared/tokens/{run.tokens_key}"
+            for run in PLAN.runs.values()
+            if not run.is_base
+        }
+    )
+
+
 def training_spec(wildcards):
     """Canonical JSON of everything that training depends on."""
     return PLAN.training_spec(wildcards.run)

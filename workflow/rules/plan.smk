@@ -1,31 +1,25 @@
-# At a dry run, what each run needs and whether it fits, before the jobs. No rules: nothing is made.
-import subprocess
+# What each run needs and whether it fits: at a dry run before the jobs, in a study for comparison with what was measured.
+from tunemap.planner.dry_run import print_table, wants_table
 
-from tunemap.planner.dry_run import wants_table
-
-
-def _planning_command():
-    """Predict in a process of its own, for torch stays out of this one; what it computed serves later dry runs."""
-    given = workflow.config_settings.config or {}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return [
-        sys.executable,
-        "-m",
-        "tunemap.cli",
-        "plan",
-        str(STUDY_FILE),
-        "--predict",
-        *options,
-    ]
-
-
+# A process of its own predicts, for torch stays out of this one; what it computed serves later dry runs.
 if wants_table(sys.argv[1:], os.environ):
-    subprocess.run(
-        _planning_command(),
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(
-                [str(CHECKOUT / "src"), os.environ.get("PYTHONPATH", "")]
-            )
-        },
-    )
+    print_table(STUDY_FILE, workflow.config_settings.config or {}, CHECKOUT / "src")
+
+
+rule predict:
+    input:
+        code=sources("predict_runs"),
+        models=trained_models,
+        tokens=trained_tokens,
+    output:
+        "results/{study}/predictions.json",
+    log:
+        "logs/{study}/predict.log",
+    conda:
+        "../../envs/train.yaml"
+    params:
+        plan=tables_plan,
+        data_root=data_root,
+    shell:
+        "python {input.code[0]} --plan {params.plan:q} --data-root {params.data_root:q}"
+        " --output {output} >{log} 2>&1"

@@ -15,6 +15,7 @@ rule tables:
         code=sources("make_tables"),
         outcomes=outcomes,
         evaluations=evaluations,
+        predictions="results/{study}/predictions.json",
         hardware=hardware_descriptions,
     output:
         runs=report(

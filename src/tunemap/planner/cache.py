@@ -133,7 +133,7 @@ def predict(
     return Prediction(
         run=run.id,
         device=target.name,
-        peak_bytes=max(account.peak_bytes, account.estimation_peak_bytes or 0),
+        peak_bytes=account.peak_bytes,
         breakdown_bytes=account.breakdown_bytes,
         phase_peak_bytes=account.phase_peak_bytes,
         device_breakdown_bytes=parts,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tunemap.errors import UserError
+from tunemap.files import read_json, write_json
+from tunemap.frozen import FrozenPlan
 from tunemap.planner import cache
 from tunemap.planner.cache import NoAccount, account_key, predict, read_account, target_of, write_account
 from tunemap.planner.data import data_of
@@ -59,6 +61,21 @@ def predictions_for(
         run.id: predict(run, accounts[keys[run.id]], data[run.id], target, results=results)  # type: ignore[arg-type]
         for run in trained
     }
+
+
+def predict_to_file(plan_path: Path, data_root: Path, output: Path, *, results: Path, progress: Progress) -> None:
+    """Predict every run of a frozen plan and write what was found."""
+    plan = FrozenPlan(str(plan_path), str(plan_path), read_json(plan_path))
+    hardware = plan.values["hardware"]
+    found = predictions(
+        plan.runs.values(),
+        device=hardware["device"],
+        description=hardware["description"],
+        data_root=data_root,
+        results=results,
+        progress=progress,
+    )
+    write_json(output, {name: one.to_dict() for name, one in found.items()})
 
 
 def make_account(run: Run, data: Data, target: Target, *, data_root: Path, results: Path) -> Account | NoAccount:

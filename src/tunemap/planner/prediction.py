@@ -151,9 +151,9 @@ class Data:
 class Prediction:
     """A run on a device. Bytes are those of the rank that needs most; None is what is not known.
 
-    peak_bytes:          the allocator's peak of training (or of the method's start, if that needs more).
-    device_peak_bytes:   what the device must have for one process: the peak, with context, workspaces, buffers of
-                         collectives and fragmentation where the device is a GPU; the peak itself on a CPU.
+    peak_bytes:          tensors at the peak of training; `estimation_peak_bytes` is that of the method's start.
+    device_peak_bytes:   what the device must have for one process: the higher peak, with context, workspaces,
+                         buffers of collectives and fragmentation where it is a GPU; the peak itself on a CPU.
     host_peak_bytes:     main memory of one process.
     memory_bytes:        what the device has.
     seconds_*:           the whole run, its start included; step_seconds_*: one optimizer step.

@@ -151,7 +151,8 @@ def test_capture_whose_rank_is_killed_names_it_and_leaves_nothing(material, tmp_
     outcome, folder = tmp_path / "outcome.json", tmp_path / "capture"
     outcome.write_text(json.dumps({"outcome": "ok", "measurements": {"step_time_mean_s": 1.0}}))
     run = ranks.make_run("lora", "ddp", 2)
-    captures.capture(run, model=material.model, tokens=material.tokens, outcome=outcome, folder=folder, device="cpu")
+    inputs = {"model": material.model, "tokens": material.tokens, "outcome": outcome}
+    captures.capture(run, **inputs, folder=folder, device="cpu", backend="torch")
     assert time.time() - failed_at() < PROMPT_S
     described = json.loads((folder / "capture.json").read_text())
     assert described["outcome"] == "error"

@@ -299,6 +299,7 @@ def unpacked(study: Path, repository: Path, tmp_path: Path, one_figure: None) ->
     (checkout / ".snakemake" / "metadata" / "cmVz").write_text("{}")
     (checkout / "src" / "__pycache__").mkdir(parents=True)
     (checkout / "src" / "__pycache__" / "x.pyc").write_text("")
+    (checkout.parent / "my | study.yaml").write_text("study: small\n")
     os.utime(study / "tables" / "runs.csv", (1_700_000_000, 1_700_000_000))
     pack(checkout, study / "plan.json", study, study / "artifact.tar.gz", study_file="../my | study.yaml")
     with tarfile.open(study / "artifact.tar.gz") as archive:
@@ -329,7 +330,8 @@ def test_an_artifact_has_what_a_reviewer_needs_and_no_more(unpacked: Path) -> No
     assert (unpacked / "results/small/tables/runs.csv").stat().st_mtime == 1_700_000_000
     readme = (unpacked / "README.md").read_text()
     assert "e: Against full: lora is" in readme
-    assert "--configfile config/studies/my | study.yaml" in readme
+    assert "--configfile 'config/studies/my | study.yaml' --forceall" in readme
+    assert (unpacked / "config/studies/my | study.yaml").read_text() == "study: small\n"
     pins = (unpacked / "requirements-verify.txt").read_text().splitlines()
     assert any(pin.startswith("pandas==") for pin in pins)
     assert not any(pin.startswith("torch") for pin in pins)

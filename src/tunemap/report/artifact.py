@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import mimetypes
+import shlex
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from tunemap.collect import read_tables
 from tunemap.errors import UserError
 from tunemap.files import read_json, sha256_of, write_atomic_chunks
 from tunemap.report import words
+from tunemap.report.cards import DEFAULT_STUDY
 from tunemap.report.formats import records
 from tunemap.verify import CHECKSUMS
 
@@ -102,9 +104,8 @@ def _files(checkout: Path, results_dir: Path, output: Path, study_file: Path) ->
     study = results_dir.name
     for part in (*CHECKOUT, *SNAKEMAKE, f"logs/{study}"):
         yield from _below(checkout, checkout / part)
-    given = checkout / study_file
-    if given.is_file() and not given.resolve().is_relative_to(checkout.resolve()):
-        yield f"config/studies/{study_file.name}", given
+    if (checkout / study_file).is_file():
+        yield study_place(study_file.as_posix()), checkout / study_file
     if not (results_dir / "plan.json").is_file():
         raise UserError(f"{results_dir}: no plan.json; run the workflow first")
     for name, path in _below(checkout, results_dir):
@@ -112,6 +113,13 @@ def _files(checkout: Path, results_dir: Path, output: Path, study_file: Path) ->
         is_heavy = parts[0] in ("captures", "unfinished") or "weights" in parts
         if not is_heavy and path.resolve() != output.resolve() and not path.name.startswith("artifact."):
             yield name, path
+
+
+def study_place(study_file: str) -> str:
+    """Where a study's file lies in the archive: where it lay in the checkout, or with the studies."""
+    path = Path(study_file)
+    outside = path.is_absolute() or ".." in path.parts
+    return f"config/studies/{path.name}" if outside else path.as_posix()
 
 
 def _heavy(checkout: Path, results_dir: Path) -> dict[str, Path]:
@@ -177,15 +185,17 @@ def _readme(plan: dict[str, Any], results_dir: Path, study_file: str, with_heavy
         claims.append(Claim(experiment["name"], words.section_answer(rows)))
     measured = [run for run in runs if run["wall_time_s"] is not None]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
-    inside = study_file if not Path(study_file).is_absolute() and ".." not in Path(study_file).parts else ""
-    given = inside or f"config/studies/{Path(study_file).name}"
+    given = study_place(study_file)
     return environment.get_template("artifact.md.j2").render(
         title=plan["report"].get("title") or plan["study"],
         study=plan["study"],
         claims=claims,
-        configfile="" if given == "config/config.yaml" else f" --configfile {given}",
+        configfile="" if given == DEFAULT_STUDY else f" --configfile {shlex.quote(given)}",
         runs=len(runs),
         devices=", ".join(dict.fromkeys(point["device"] for point in points if point["device"])) or "unknown",
         hours=sum(run["wall_time_s"] for run in measured) / 3600,

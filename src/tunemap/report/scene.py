@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tunemap.collect import Tables
@@ -67,37 +68,47 @@ class Scene:
 
 def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]:
     """The experiments of a plan with their rows of the tables and the facts of their captures."""
+    members = tables.experiments.groupby("experiment", sort=False)["run"].agg(list)
+    points: dict[str, list[Row]] = {}
+    for point in records(tables.points):
+        points.setdefault(point["experiment"], []).append(point)
+    baselines: dict[str, dict[tuple[str, str], str]] = {}
+    for row in records(tables.comparisons):
+        baselines.setdefault(row["experiment"], {})[row["model"], row["dataset"]] = row["baseline"]
     colours, markers = method_colours(plan), method_markers(plan)
-    baselines = {
-        (row["experiment"], row["model"], row["dataset"]): row["baseline"] for row in records(tables.comparisons)
-    }
-    all_points, members = records(tables.points), tables.experiments
+    places = {name: getattr(tables, name).groupby("run", sort=False).indices for name in ("runs", "losses", "ranks")}
     drawn = []
     for experiment in plan["experiments"]:
         name = experiment["name"]
-        runs = set(members.loc[members["experiment"] == name, "run"])
+        runs = list(members.get(name, ()))
         labels = {run: label for label, group in point_runs(plan, experiment).items() for run in group}
-        in_scene = tables.runs[tables.runs["run"].isin(runs)].copy()
-        chosen = tables.ranks[tables.ranks["run"].isin(runs)]
+        in_scene, losses, chosen = (_rows_of(getattr(tables, kind), found, runs) for kind, found in places.items())
         drawn.append(
             Scene(
                 name,
-                [point for point in all_points if point["experiment"] == name],
+                points.get(name, []),
                 in_scene.assign(point=in_scene["run"].map(labels)),
-                tables.losses[tables.losses["run"].isin(runs)],
+                losses,
                 colours,
                 read_captures(facts_dir, {run: labels[run] for run in experiment.get("captures", [])}),
                 chosen.assign(point=chosen["run"].map(labels)),
                 markers,
-                {(model, dataset): label for (owner, model, dataset), label in baselines.items() if owner == name},
+                baselines.get(name, {}),
             )
         )
     return drawn
 
 
+def _rows_of(frame: pd.DataFrame, places: dict[str, np.ndarray], runs: list[str]) -> pd.DataFrame:
+    """The rows of some runs in the table's order; `places` are the positions of each run's rows."""
+    found = [places[run] for run in runs if run in places]
+    return (frame.iloc[np.sort(np.concatenate(found))] if found else frame.iloc[:0]).copy()
+
+
 def point_runs(plan: dict[str, Any], experiment: dict[str, Any]) -> dict[str, list[str]]:
     """The runs behind each point of an experiment, by the point's label."""
-    blank = {run: Result(run, planned, "missing") for run, planned in plan["runs"].items()}
+    runs = [*experiment["base_runs"], *experiment["runs"]]
+    blank = {run: Result(run, plan["runs"][run], "missing") for run in runs}
     return {point.label: [r.run for r in point.results] for point in points_of(plan, experiment, blank)}
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunemap.methods.gora import METHODS, GoraSettings
-from tunemap.methods.peft_types import SUPPORTED, UNSUPPORTED
+from tunemap.methods.peft_registry import SUPPORTED, UNSUPPORTED
 from tunemap.methods.sharding import UNSHARDABLE
 
 KINDS = {

@@ -11,6 +11,8 @@
     results/STUDY/tables/losses.csv        loss curves, thinned for drawing
     results/STUDY/tables/ranks.csv         rank and importance of each adapted module, where a method chose them
     results/STUDY/tables/environment.csv   machine and software, with the number of runs that had each value
+    results/STUDY/tables/published.csv     published numbers beside ours, where the study repeats a published one
+    results/STUDY/tables/published_tables.csv   the tables of that publication, one row per cell
 
 A result that belongs to another plan is refused; a missing or broken file is a row with the reason.
 """
@@ -45,6 +47,10 @@ from tunemap.report.comparisons import COMPARISON_COLUMNS, GATE_COLUMNS, compare
 from tunemap.report.equal_factors import fingerprint
 from tunemap.report.latex import comparisons_latex, points_latex
 from tunemap.report.points import POINT_COLUMNS, Result
+from tunemap.report.published_numbers import COLUMNS as PUBLISHED_COLUMNS
+from tunemap.report.published_numbers import compare_published
+from tunemap.report.published_tables import COLUMNS as CELL_COLUMNS
+from tunemap.report.published_tables import Source, published_tables
 
 OUTCOMES = ("ok", "oom", "timeout", "error", "invalid", "unsupported")  # of a run; collect adds `missing`
 MEASUREMENTS = (
@@ -132,6 +138,8 @@ class Tables:
     ranks: pd.DataFrame
     scaling: pd.DataFrame
     environment: pd.DataFrame
+    published: pd.DataFrame
+    published_tables: pd.DataFrame
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -173,7 +181,23 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
         ranks=_frame(list(rank_rows(results)), RANK_COLUMNS),
         scaling=_frame([asdict(row) for row in scaling_rows(rows)], SCALING_COLUMNS),
         environment=_frame(_environment_rows(results), ("name", "value", "runs")),
+        **_published(plan, points, rows, comparisons, [*_run_gates(results), *comparison_gates]),
     )
+
+
+Rows = list[dict[str, Any]]
+
+
+def _published(
+    plan: dict[str, Any], points: Rows, runs: Rows, comparisons: Rows, gates: Rows
+) -> dict[str, pd.DataFrame]:
+    """What a study has beside its own tables that repeats a published one; empty tables for any other."""
+    study = plan["report"].get("published")
+    cells = published_tables(study, Source(plan, points, runs, comparisons, gates)) if study else []
+    return {
+        "published": _frame(compare_published(plan, points, runs), PUBLISHED_COLUMNS),
+        "published_tables": _frame(cells, CELL_COLUMNS),
+    }
 
 
 def _refuse_foreign_results(plan: dict[str, Any], results_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The study files of the checkout: each can be planned at each of its scales, and replications only with their flaws."""
+"""The study files of the checkout: each can be planned at each of its scales, replications only with their flaws."""
 
 from pathlib import Path
 

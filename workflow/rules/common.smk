@@ -292,6 +292,12 @@ def hardware_descriptions(wildcards):
     ]
 
 
+def published_numbers(wildcards):
+    """The numbers that results are compared with, where the study repeats a published one."""
+    file = CHECKOUT / "resources" / "published" / "numbers.csv"
+    return [os.path.relpath(file)] if PLAN.values["report"]["published"] else []
+
+
 def tables_plan(wildcards):
     """The plan without the wording of the report: a new title does not make new tables."""
     return PLAN.tables_file

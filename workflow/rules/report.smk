@@ -17,6 +17,7 @@ rule tables:
         evaluations=evaluations,
         predictions="results/{study}/predictions.json",
         hardware=hardware_descriptions,
+        published=published_numbers,
     output:
         runs=report(
             "results/{study}/tables/runs.csv",
@@ -37,6 +38,8 @@ rule tables:
         ranks="results/{study}/tables/ranks.csv",
         scaling="results/{study}/tables/scaling.csv",
         environment="results/{study}/tables/environment.csv",
+        published="results/{study}/tables/published.csv",
+        published_tables="results/{study}/tables/published_tables.csv",
         points_latex="results/{study}/tables/points.tex",
         comparisons_latex="results/{study}/tables/comparisons.tex",
         plan="results/{study}/plan.json",

@@ -21,8 +21,12 @@ from matplotlib.figure import Figure
 from tunemap.collect import read_tables
 from tunemap.errors import UserError, nearest
 from tunemap.files import read_json, write_atomic
+from tunemap.report.formats import records
 from tunemap.report.loss_figure import draw_loss
 from tunemap.report.point_figures import draw_accuracy, draw_memory, draw_throughput
+from tunemap.report.published_figures import FIGURES as PUBLISHED_FIGURES
+from tunemap.report.published_figures import published_figures
+from tunemap.report.published_tables import Source
 from tunemap.report.rank_map import draw_ranks
 from tunemap.report.scaling_figure import draw_scaling
 from tunemap.report.scene import Scene, scenes
@@ -36,6 +40,8 @@ FORMATS: dict[str, dict[str, Any]] = {  # no dates, so that equal input gives eq
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     "png": {"Software": None},
 }
+
+PUBLISHED = "published"  # where a drawing belongs that repeats a published figure, in place of an experiment
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ def redraw(results_dir: Path, name: str, output_dir: Path) -> Drawing:
     """
     plan = read_json(results_dir / "plan.json")
     names = [f"{experiment['name']}-{kind}" for experiment in plan["experiments"] for kind in KINDS]
+    names += PUBLISHED_FIGURES.get(plan["report"].get("published"), ())
     if name not in names:
         meant = nearest(name, names)
         raise UserError(f"no figure '{name}'{f'; did you mean {meant}?' if meant else '.'} Known: {', '.join(names)}")
@@ -83,18 +90,32 @@ def _draw_all(
     plan: dict[str, Any], tables_dir: Path, facts_dir: Path, output_dir: Path | None, only: str | None
 ) -> Iterator[Drawing]:
     with matplotlib.style.context(STYLE):
-        for scene in scenes(plan, read_tables(tables_dir), facts_dir):
+        tables = read_tables(tables_dir)
+        for scene in scenes(plan, tables, facts_dir):
             for kind, (draw, title) in KINDS.items():
                 name = f"{scene.name}-{kind}"
                 drawn = draw(scene) if only in (None, name) else None
                 if drawn is None:
                     continue
                 figure, caption, alt = drawn
-                for ending, metadata in FORMATS.items() if output_dir else ():
-                    buffer = io.BytesIO()
-                    figure.savefig(buffer, format=ending, metadata=metadata)
-                    write_atomic(output_dir / f"{name}.{ending}", buffer.getvalue())  # type: ignore[operator]
+                _save(figure, name, output_dir)
                 yield Drawing(name, scene.name, kind, title, caption, alt)
+        study = plan["report"].get("published")
+        if study is None:
+            return
+        rows = (records(table) for table in (tables.points, tables.runs, tables.comparisons, tables.gates))
+        source = Source(plan, *rows)
+        for name, title, figure, caption, alt in published_figures(study, source, tables.losses, facts_dir):
+            if only in (None, name):
+                _save(figure, name, output_dir)
+                yield Drawing(name, PUBLISHED, name, title, caption, alt)
+
+
+def _save(figure: Figure, name: str, output_dir: Path | None) -> None:
+    for ending, metadata in FORMATS.items() if output_dir else ():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=ending, metadata=metadata)
+        write_atomic(output_dir / f"{name}.{ending}", buffer.getvalue())  # type: ignore[operator]
 
 
 KINDS: dict[str, tuple[Callable[[Scene], tuple[Figure, str, str] | None], str]] = {

@@ -29,9 +29,11 @@ from tunemap.report.cards import (
 )
 from tunemap.report.definitions import DEFINITIONS
 from tunemap.report.extras import CALIBRATION, PUBLISHED, read_calibration, read_published, scaling_cells, windows
+from tunemap.report.figures import PUBLISHED as PUBLISHED_DRAWING
 from tunemap.report.figures import write_figures
 from tunemap.report.formats import records
 from tunemap.report.map_data import map_data
+from tunemap.report.published_tables import page_tables
 from tunemap.report.scene import AXIS, GRID, INK, PAPER, Scene, outcome_word, scenes
 from tunemap.report.sections import section
 
@@ -110,6 +112,8 @@ def write_report(
             scaling=[scaling_cells(row) for row in records(tables.scaling)],
             calibration=read_calibration([results_dir / CALIBRATION, results_dir.parent / CALIBRATION], plan["runs"]),
             published=read_published(results_dir / "tables" / PUBLISHED),
+            published_tables=page_tables(records(tables.published_tables)),
+            published_figures=[figure for figure in pictures if figure.experiment == PUBLISHED_DRAWING],
             failed=[run | {"word": outcome_word(run["outcome"])} for run in runs if _failed(run)],
             tripped=tripped,
             fatal_gates=[gate for gate in tripped if gate["is_fatal"]],

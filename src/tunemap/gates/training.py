@@ -23,17 +23,19 @@ def finite_loss_gate(losses: Sequence[float], first_step: int = 0) -> GateResult
 
 @gate(5)
 def gradient_norm_gate(norms: Sequence[float], *, scaled: bool) -> GateResult:
-    """The gradient of the trained parameters is above zero at every step (with a scaler: at most steps).
+    """The gradient of the trained parameters is finite and above zero at every step (with a scaler: at most steps).
 
-    Prevents: a training step that trains nothing.
+    Prevents: a training step that trains nothing, and one that overflows: clipping to an infinite norm makes NaN of the
+    weights, which no loss shows if it is the last step.
     Would have stopped: NYU's default configurations with all labels masked, whose gradients are no numbers (F02).
 
     A gradient scaler finds its scale by steps that overflow, so that single norms of fp16 may be infinite or NaN.
     """
     sound = sum(1 for norm in norms if norm > 0)
     finite = sum(1 for norm in norms if norm > 0 and math.isfinite(norm))
-    passed = bool(norms) and (finite > len(norms) / 2 if scaled else sound == len(norms))
-    message = f"gradient norm above zero at {sound} of {len(norms)} steps" + (f", finite at {finite}" if scaled else "")
+    passed = bool(norms) and (finite > len(norms) / 2 if scaled else finite == len(norms))
+    message = f"gradient norm above zero at {sound} of {len(norms)} steps"
+    message += f", finite at {finite}" if scaled or finite < sound else ""
     return GateResult("gradient_norm", passed, True, message)
 
 

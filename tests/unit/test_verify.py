@@ -16,7 +16,7 @@ from tunemap.collect import write_tables
 from tunemap.config import BaseMethod, DatasetConfig, Factors, FullMethod, LoraMethod, TinyModel
 from tunemap.data.answers import score
 from tunemap.errors import UserError
-from tunemap.report import figures
+from tunemap.report import artifact, figures
 from tunemap.report.artifact import pack
 from tunemap.report.figures import write_figures
 from tunemap.run import Run
@@ -292,6 +292,8 @@ def unpacked(study: Path, repository: Path, tmp_path: Path, one_figure: None) ->
     (study / "runs" / "lora" / "weights" / "adapter.safetensors").write_bytes(b"weights")
     (study / "captures" / "lora").mkdir(parents=True)
     (study / "captures" / "lora" / "trace.json").write_text("{}")
+    (study / "unfinished" / "lora").mkdir(parents=True)
+    (study / "unfinished" / "lora" / "checkpoint").write_text("")
     for name in ("envs/report.yaml", "requirements.lock", "Snakefile"):
         (checkout / name).parent.mkdir(exist_ok=True)
         (checkout / name).write_bytes((repository / name).read_bytes())
@@ -324,9 +326,10 @@ def test_an_artifact_has_what_a_reviewer_needs_and_no_more(unpacked: Path) -> No
         "results/small/plan.json",
         "results/small/runs/lora/outcome.json",
         "results/small/runs/lora/weights/adapter.safetensors",
+        "results/small/captures/lora/trace.json",
         "results/small/tables/runs.csv",
     } <= names
-    assert not [name for name in names if "captures" in name or "pycache" in name or name.endswith(".tar.gz")]
+    assert not [name for name in names if "unfinished" in name or "pycache" in name or name.endswith(".tar.gz")]
     assert (unpacked / "results/small/tables/runs.csv").stat().st_mtime == 1_700_000_000
     readme = (unpacked / "README.md").read_text()
     assert "e: Against full: lora is" in readme
@@ -376,3 +379,14 @@ def test_results_without_a_plan_make_no_artifact(tmp_path: Path, study: Path) ->
     moved = plan.rename(tmp_path / "plan.json")
     with pytest.raises(UserError, match=r"no plan.json; run the workflow first"):
         pack(study.parents[1], moved, study, tmp_path / "artifact.tar.gz", study_file="config/config.yaml")
+
+
+def test_what_is_heavy_is_left_out_and_said_to_be(study: Path, unpacked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "HEAVY_BYTES", 3)
+    pack(study.parents[1], study / "plan.json", study, study / "artifact.tar.gz", study_file="config/config.yaml")
+    with tarfile.open(study / "artifact.tar.gz") as archive:
+        names = archive.getnames()
+        readme = archive.extractfile("small-artifact/README.md")
+        assert readme is not None
+        assert b"weights and traces are left out" in readme.read()
+    assert not [name for name in names if "weights" in name or "captures" in name]

@@ -6,10 +6,11 @@
     STUDY-artifact/environment.txt            every package that was installed where it was packed
     STUDY-artifact/requirements-verify.txt    the few that checking needs; no torch
     STUDY-artifact/src, workflow, config ...  the checkout
-    STUDY-artifact/results, logs              results without captures' traces
+    STUDY-artifact/results, logs              results
     STUDY-artifact/.snakemake                 Snakemake's records, so that it knows what is up to date
 
-Times of modification are kept, because Snakemake compares them. Models and weights go along while they are small.
+Times of modification are kept, because Snakemake compares them. Models, weights and traces go
+along while they are small: then Snakemake finds nothing to do in the unpacked archive.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ CHECKOUT = (
     *("config", "docs", "envs", "profiles", "resources", "src", "workflow", "slurm", "results/README.md"),
 )
 SNAKEMAKE = (".snakemake/metadata", ".snakemake/tunemap")
-LEFT_OUT = ("__pycache__", ".snakemake_timestamp")
-HEAVY_BYTES = 200 * 2**20  # models, tokens and weights go along up to this size, all together
+LEFT_OUT = ("__pycache__",)
+HEAVY_BYTES = 200 * 2**20  # models, tokens, weights and traces go along up to this size, all together
 VERIFY_EXTRAS = ("rich",)  # what the command line needs besides the report's environment
 
 
@@ -123,8 +124,8 @@ def study_place(study_file: str) -> str:
 
 
 def _heavy(checkout: Path, results_dir: Path) -> dict[str, Path]:
-    """Models, data and weights, which only training again needs."""
-    found = dict(_below(checkout, results_dir.parent / "shared"))
+    """Models, data and weights, which only training again needs, and traces, which only extracting again needs."""
+    found = dict(_below(checkout, results_dir.parent / "shared")) | dict(_below(checkout, results_dir / "captures"))
     for folder in sorted((results_dir / "runs").glob("*/weights")):
         found |= dict(_below(checkout, folder))
     return found

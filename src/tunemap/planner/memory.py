@@ -53,9 +53,22 @@ def account(run: Run, config: PreTrainedConfig, batch: BatchShape, *, num_labels
     targets = getattr(run.method, "target_modules", "all-linear")
     blocks = can_be_deepened(config, run.method.kind, targets)
     if blocks is None:
-        return _account(run, config, batch, num_labels, on_gpu)[0]
-    few, more = (_account(run, with_depth(config, depth), batch, num_labels, on_gpu) for depth in SHALLOW)
-    return deepened((few[0], more[0]), (few[1], more[1]), blocks)
+        found = _account(run, config, batch, num_labels, on_gpu)[0]
+    else:
+        few, more = (_account(run, with_depth(config, depth), batch, num_labels, on_gpu) for depth in SHALLOW)
+        found = deepened((few[0], more[0]), (few[1], more[1]), blocks)
+    return found if on_gpu else _with_copies_of_gloo(found)
+
+
+def _with_copies_of_gloo(found: Account) -> Account:
+    """gloo reduces and scatters in copies of the whole gradients, which it keeps until their parts are used."""
+    copies = sum(row["payload_bytes"] for row in found.collectives if row["kind"] == "reduce_scatter")
+    return replace(
+        found,
+        peak_bytes=found.peak_bytes + copies,
+        breakdown_bytes=found.breakdown_bytes | {"other": found.breakdown_bytes["other"] + copies},
+        phase_peak_bytes={name: peak + copies for name, peak in found.phase_peak_bytes.items()},
+    )
 
 
 def _account(

@@ -1,7 +1,7 @@
 """Predicted against tracked memory: 50 ways to train a small model, each planned without contents and then trained.
 
     python benchmarks/planner.py                # writes benchmarks/results/planner-cpu.csv; about five minutes
-    python benchmarks/planner.py --only fsdp    # those whose name holds the word; prints, writes nothing
+    python benchmarks/planner.py --only fsdp    # those whose name holds the word; the other rows stay
     python benchmarks/planner.py --large        # how long planning takes for 1.5, 7 and 70 billion parameters
 
 Predicted is what `tunemap plan` would print of a run whose tokens are there; tracked is what the live-storage tracker
@@ -199,13 +199,21 @@ def run_all(only: str | None) -> int:
     console.print(table)
     errors = [abs(row["error"]) for row in rows if row.get("error") is not None]
     console.print(f"{len(errors)} configurations, largest error {max(errors):.3%}, {errors.count(0)} equal to the byte")
-    if only is None:
+    if only is None or RESULTS.is_file():
+        rows = _beside_older(rows) if only else rows
         text = io.StringIO()
         writer = csv.DictWriter(text, list(max(rows, key=len)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(RESULTS, text.getvalue())
     return 0 if len(errors) == len(rows) and max(errors) < ALLOWED else 1
+
+
+def _beside_older(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the file, those made now in the place of their older ones."""
+    new = {row["configuration"]: row for row in rows}
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        return [new.get(row["configuration"], row) for row in csv.DictReader(file)]
 
 
 LARGE = {
@@ -248,7 +256,7 @@ def run_large(size: str) -> int:
 def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="only configurations whose name holds this; nothing is written")
+    parser.add_argument("--only", help="only configurations whose name holds this; the other rows stay")
     parser.add_argument("--large", action="store_true", help="plan large models instead")
     parser.add_argument("--size", choices=LARGE, help="one size of --large, in this process")
     arguments = parser.parse_args()

@@ -280,7 +280,9 @@ def _estimation_peak(
 
 
 def _size_of_importance(weight: torch.Tensor, gradient: torch.Tensor) -> float:
-    """Do with tensors what GoRA's importance does, and find all modules alike."""
+    """Do with tensors what GoRA's importance does, and find all modules alike; a packed weight is unpacked for it."""
+    if weight.shape != gradient.shape:
+        weight = torch.empty_like(gradient)
     (weight.float() * gradient.float()).abs().mean(dtype=torch.float64)
     return 1.0
 

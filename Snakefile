@@ -23,6 +23,7 @@ include: "workflow/rules/plan.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/capture.smk"
+include: "workflow/rules/inference.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -11,6 +11,7 @@
     results/STUDY/tables/losses.csv        loss curves, thinned for drawing
     results/STUDY/tables/ranks.csv         rank and importance of each adapted module, where a method chose them
     results/STUDY/tables/environment.csv   machine and software, with the number of runs that had each value
+    results/STUDY/tables/inference.csv     what runs cost when they are used, where an experiment asks for it
     results/STUDY/tables/published.csv     published numbers beside ours, where the study repeats a published one
     results/STUDY/tables/published_tables.csv   the tables of that publication, one row per cell
 
@@ -138,6 +139,7 @@ class Tables:
     ranks: pd.DataFrame
     scaling: pd.DataFrame
     environment: pd.DataFrame
+    inference: pd.DataFrame
     published: pd.DataFrame
     published_tables: pd.DataFrame
 
@@ -181,8 +183,27 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
         ranks=_frame(list(rank_rows(results)), RANK_COLUMNS),
         scaling=_frame([asdict(row) for row in scaling_rows(rows)], SCALING_COLUMNS),
         environment=_frame(_environment_rows(results), ("name", "value", "runs")),
+        inference=_frame(list(_inference_rows(plan, results_dir)), INFERENCE_COLUMNS),
         **_published(plan, points, rows, comparisons, [*_run_gates(results), *comparison_gates]),
     )
+
+
+INFERENCE_COLUMNS = (
+    *("run", "form", "latency_mean_s", "latency_median_s", "latency_p95_s", "units_per_second", "units_per_call"),
+    *("repetitions", "peak_allocated_bytes", "reason"),
+)
+
+
+def _inference_rows(plan: dict[str, Any], results_dir: Path) -> Iterator[dict[str, Any]]:
+    """One row per form of each run whose inference was measured; a missing or foreign file is a row with the reason."""
+    for run in dict.fromkeys(run for experiment in plan["experiments"] for run in experiment.get("inferences", [])):
+        found, problem = _read_object(results_dir / "inference" / f"{run}.json")
+        if found is None or found.get("training_digest") != plan["runs"][run]["digest"]:
+            yield {"run": run, "reason": problem or "of another configuration"}
+        elif not found["forms"]:
+            yield {"run": run, "reason": found["reason"]}
+        else:
+            yield from ({"run": run} | form for form in found["forms"])
 
 
 Rows = list[dict[str, Any]]

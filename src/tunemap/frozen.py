@@ -72,6 +72,11 @@ class FrozenPlan:
         experiments = reversed(self.values["experiments"])
         return {run: experiment["profile"] for experiment in experiments for run in experiment["captures"]}
 
+    @property
+    def inferences(self) -> list[str]:
+        """Runs whose inference is measured, each once however many experiments ask for it."""
+        return list(dict.fromkeys(run for one in self.values["experiments"] for run in one["inferences"]))
+
     def training_spec(self, run: str) -> str:
         """Canonical JSON of what training of a run depends on."""
         return canonical_json(self.runs[run].training_spec())

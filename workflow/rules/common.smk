@@ -285,6 +285,10 @@ def facts(wildcards):
     return [f"results/{PLAN.study}/facts/{run}" for run in PLAN.captures]
 
 
+def inferences(wildcards):
+    return [f"results/{PLAN.study}/inference/{run}.json" for run in PLAN.inferences]
+
+
 def hardware_descriptions(wildcards):
     return [
         os.path.relpath(file)

@@ -18,6 +18,7 @@ rule tables:
         predictions="results/{study}/predictions.json",
         hardware=hardware_descriptions,
         published=published_numbers,
+        inferences=inferences,
     output:
         runs=report(
             "results/{study}/tables/runs.csv",
@@ -38,6 +39,7 @@ rule tables:
         ranks="results/{study}/tables/ranks.csv",
         scaling="results/{study}/tables/scaling.csv",
         environment="results/{study}/tables/environment.csv",
+        inference="results/{study}/tables/inference.csv",
         published="results/{study}/tables/published.csv",
         published_tables="results/{study}/tables/published_tables.csv",
         points_latex="results/{study}/tables/points.tex",

@@ -41,6 +41,7 @@ TABLES = {  # name: what a row is
     "losses": "A point of a run's loss curve, thinned for drawing.",
     "ranks": "A module whose rank was chosen by a method.",
     "scaling": "A number of devices on a scaling curve.",
+    "inference": "A form of a run when it is used: latency in seconds, tokens (or texts) per second, memory.",
     "published": "A published number beside ours, or the reason why they are not compared.",
     "published_tables": "A cell of a table that a published study has, made from these results.",
     "environment": "A name and version of machine or software, with the number of runs that had it.",

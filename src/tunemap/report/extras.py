@@ -101,6 +101,23 @@ def read_calibration(paths: list[Path], runs: Iterable[str]) -> Table | None:
     return Table(sentence, ("Run", "Predicted, MiB", "Measured, MiB", "Ratio"), listed[:MOST_ROWS])
 
 
+INFERENCE = ("Run", "Form", "Latency, ms", "Median, ms", "p95, ms", "Per second", "Peak memory, MiB")
+
+
+def inference_cells(row: Row) -> list[str]:
+    """One row of the table of inference as text; a form without numbers says why."""
+    if row["latency_mean_s"] is None:
+        return [row["run"], row["form"] or "—", row["reason"] or "not measured", "—", "—", "—", "—"]
+    latencies = [f"{1e3 * row[f'latency_{name}_s']:.1f}" for name in ("mean", "median", "p95")]
+    return [
+        row["run"],
+        row["form"],
+        *latencies,
+        f"{row['units_per_second']:.1f}",
+        f"{row['peak_allocated_bytes'] / 2**20:,.1f}",
+    ]
+
+
 def read_published(path: Path) -> Table | None:
     """Published numbers beside ours, as the table has them; None where the study compares with none."""
     rows = _read(path, ()) if path.is_file() else []

@@ -28,7 +28,16 @@ from tunemap.report.cards import (
     study_command,
 )
 from tunemap.report.definitions import DEFINITIONS
-from tunemap.report.extras import CALIBRATION, PUBLISHED, read_calibration, read_published, scaling_cells, windows
+from tunemap.report.extras import (
+    CALIBRATION,
+    INFERENCE,
+    PUBLISHED,
+    inference_cells,
+    read_calibration,
+    read_published,
+    scaling_cells,
+    windows,
+)
 from tunemap.report.figures import PUBLISHED as PUBLISHED_DRAWING
 from tunemap.report.figures import write_figures
 from tunemap.report.formats import records
@@ -111,6 +120,8 @@ def write_report(
             window_columns=WINDOW_COLUMNS,
             scaling=[scaling_cells(row) for row in records(tables.scaling)],
             calibration=read_calibration([results_dir / CALIBRATION, results_dir.parent / CALIBRATION], plan["runs"]),
+            inference=[inference_cells(row) for row in records(tables.inference)],
+            inference_columns=INFERENCE,
             published=read_published(results_dir / "tables" / PUBLISHED),
             published_tables=page_tables(records(tables.published_tables)),
             published_figures=[figure for figure in pictures if figure.experiment == PUBLISHED_DRAWING],

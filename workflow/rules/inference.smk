@@ -1,0 +1,28 @@
+# What a run costs when it is used: for the experiments that ask for it.
+
+
+rule measure_inference:
+    input:
+        code=sources("measure_inference"),
+        model=run_model,
+        tokens=run_tokens,
+        outcome="results/{study}/runs/{run}/outcome.json",
+        weights="results/{study}/runs/{run}/weights",
+    output:
+        "results/{study}/inference/{run}.json",
+    log:
+        "logs/{study}/inference/{run}.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: evaluation_threads
+    resources:
+        gpu=evaluation_gpus,
+        mem_mb=evaluation_mem_mb,
+        timed_run=1,
+    params:
+        spec=training_spec,
+        device=device,
+    shell:
+        "HF_HUB_OFFLINE=1 python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        " --model {input.model} --tokens {input.tokens}"
+        " --outcome {input.outcome} --weights {input.weights} --output {output} >{log} 2>&1"

@@ -59,8 +59,11 @@ def prepare(dataset: DatasetConfig, destination: Path, *, data_root: Path | None
     removed = sorted(set(range(len(raw.train))) - set(clean))
     if not clean:
         raise UserError(f"{_place(raw)}: no training row is left, each of {len(raw.train)} is a test row too")
+    # Of made rows there are as many as were asked for, less those that are held out of them.
+    made_and_held_out = dataset.source == "made" and dataset.held_out_share is not None
+    train_rows = None if made_and_held_out else dataset.train_rows
     chosen = {
-        "train": _choose(clean, dataset.train_rows, dataset.seed, "train_rows"),
+        "train": _choose(clean, train_rows, dataset.seed, "train_rows"),
         "test": _choose(range(len(raw.test)), dataset.test_rows, dataset.seed, "test_rows"),
     }
     label_names = label_names_of(dataset, raw)

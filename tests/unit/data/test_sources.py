@@ -301,3 +301,11 @@ def test_the_published_split_of_gsm8k(shared_data, tmp_path):
     expected = Dataset.from_dict({"question": questions}).train_test_split(test_size=0.05, seed=42)["test"]["question"]
     held_out = [json.loads(line)["prompt"] for line in (tmp_path / "test.jsonl").open()]
     assert sorted(held_out) == sorted(expected)
+
+
+def test_rows_are_held_out_of_made_ones(tmp_path):
+    dataset = DatasetConfig(task="arithmetic", source="made", train_rows=400, held_out_share=0.05, seed=42)
+    prepare(dataset, tmp_path, data_root=None)
+    manifest = json.loads((tmp_path / "dataset.json").read_text())
+    assert manifest["rows"] == {"train": 380 - manifest["overlap"]["removed_rows"], "test": 20}
+    assert manifest["overlap"]["remaining_rows"] == 0

@@ -87,11 +87,15 @@ def test_changed_and_vanished_files_are_refused_by_name(tmp_path, monkeypatch):
     write_manifest(model, {})
     check_sizes(model)
     weights.write_bytes(b"12345")
-    with pytest.raises(UserError, match=r"\(a link to .*\) has 5 bytes instead of 4; .*set aside as model.damaged; run"):
+    with pytest.raises(
+        UserError, match=r"\(a link to .*\) has 5 bytes instead of 4; .*set aside as model.damaged; run"
+    ):
         check_sizes(model)
     (tmp_path / "model.damaged").rename(model)
     weights.unlink()
-    with pytest.raises(UserError, match=r"model.safetensors \(a link to .*\) is gone; .*set aside as model.damaged; run"):
+    with pytest.raises(
+        UserError, match=r"model.safetensors \(a link to .*\) is gone; .*set aside as model.damaged; run"
+    ):
         check_sizes(model)
 
 

@@ -20,7 +20,7 @@ from tunemap.files import read_json, write_json
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory", re.I)
 _STORAGE = re.compile(
     "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)))
-    + r"|was set aside as|: move it away and run again"  # files.damaged
+    + r"|was set aside as|: move it away and run again|run the workflow to make it"  # what is damaged or gone
     + r"|unexpected pos \d+ vs|file write failed"  # how torch says it
 )
 _ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+) ?(GiB|MiB|KiB|bytes)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tunemap.files import read_json
+from tunemap.files import damaged, read_json
 from tunemap.trace.command import SUMMARY, read_traces, write_json, write_tables
 from tunemap.trace.facts import compute_facts
 
@@ -19,6 +19,9 @@ def extract(capture: Path, folder: Path) -> None:
     if described["outcome"] != "ok":
         print(f"no facts: {described['reason']}", flush=True)
         return
-    facts = compute_facts(read_traces(sorted([*capture.glob("trace.*.json.gz"), *capture.glob("trace.*.sqlite")])))
+    traces = sorted([*capture.glob("trace.*.json.gz"), *capture.glob("trace.*.sqlite")])
+    if not traces:
+        raise damaged(capture, f"{capture}: trace.rank0.json.gz and all others are gone")
+    facts = compute_facts(read_traces(traces))
     write_tables(folder, facts.tables, "csv")
     write_json(folder / SUMMARY, facts.summary)

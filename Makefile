@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test slurm-campaign lint format types bench fuzz clean
+.PHONY: help install demo test slurm-campaign lint format types bench fuzz chaos clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ bench: install ## print what the instruments cost, GoRA's throughput beside LoRA
 
 fuzz: install ## mutate 10,000 study files, 2,000 dataset files and 1,000 traces, and look how each is handled
 	python -m tests.fuzz.campaign
+
+chaos: install ## kill, starve and damage every stage of a small study 500 times; nothing may be lost
+	python -m tests.chaos.campaign
 
 format: install ## rewrite the sources in the project's format
 	ruff check --fix .

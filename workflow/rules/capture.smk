@@ -11,6 +11,7 @@ rule capture:
         directory("results/{study}/captures/{run}"),
     log:
         "logs/{study}/capture/{run}.log",
+    priority: 1
     conda:
         "../../envs/train.yaml"
     threads: run_threads

@@ -13,6 +13,8 @@ rule train:
         weights=directory("results/{study}/runs/{run}/weights"),
     log:
         "logs/{study}/train/{run}.log",
+    # Timed runs take turns: what waits for its turn goes first, all else uses the cores that are left.
+    priority: 1
     conda:
         "../../envs/train.yaml"
     threads: run_threads

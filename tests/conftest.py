@@ -17,6 +17,7 @@ def _shared(folder: str) -> Path:
 
 
 SHARED_BY_FOLDER = ("workflow",)  # folders whose tests share a costly fixture, and so one process
+LONGEST_FIRST = ("workflow", "slurm", "distributed", "chaos")  # or one process would be left with them at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(REPOSITORY / "tests")
         group = path.parts[0] if path.parts[0] in SHARED_BY_FOLDER else str(path)
         item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
+    return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: some tests wait for a scheduler or for a limit to pass."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session")

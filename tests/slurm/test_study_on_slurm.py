@@ -18,8 +18,9 @@ def test_a_study_runs_without_accounting(cluster, submit_to):
     assert done.returncode == 0, output
     assert checkout.outcome(FULL)["outcome"] == "ok"
     assert (checkout.results / "report.html").exists()
-    # two runs are trained (one is the row without fine-tuning) and evaluated; models and data come from this host
-    assert len(submitted(output)) == 5
+    # the data are tokenised and the study planned; two runs are trained (one is the row without fine-tuning) and
+    # evaluated; models and data come from this host
+    assert len(submitted(output)) == 6
     assert not (checkout.results / "unfinished" / FULL).exists()
     assert json.loads((checkout.results / "evaluations" / BASE / "evaluation.json").read_text())["outcome"] == "ok"
     assert checkout.planned() == set()

@@ -47,6 +47,16 @@ def _is_number(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def _dtype_of_factors(name: str, args: Sequence[Any]) -> torch.dtype:
+    """The dtype that a product is computed in. A complex one (of C3A) counts as it is.
+
+    The last factor tells it: of addmm the first argument is the bias. Of a 4-bit product it is the first: the last
+    are the scales of the weight, which are float32 whatever the product is.
+    """
+    numbers = [a.dtype for a in args if isinstance(a, torch.Tensor) and _is_number(a)]
+    return numbers[0] if "4bit" in name else numbers[-1]
+
+
 class Witness(TorchDispatchMode):
     """Put it around one step; `seen` holds the result. Costs some microseconds an operator: not in timed steps."""
 
@@ -103,6 +113,5 @@ class Witness(TorchDispatchMode):
         if attention:
             self._attention_flops += flops
         else:
-            # The last factor: of addmm the first argument is the bias. A complex one (of C3A) counts as it is.
-            dtype = next(a.dtype for a in reversed(args) if isinstance(a, torch.Tensor) and _is_number(a))
+            dtype = _dtype_of_factors(name, args)
             self._matmul_flops[str(dtype).removeprefix("torch.")] += flops

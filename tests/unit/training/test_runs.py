@@ -87,11 +87,12 @@ def test_full_fine_tuning_measures_utilisation_against_the_ceiling(train, tmp_pa
     assert ended.gate("attention")["message"] == "attention eager: plain matrix products ran"
 
 
-def test_qlora_holds_its_base_in_4_bits(train):
-    ended = train({"kind": "qlora", "rank": 2}, optimizer="adamw_8bit", max_steps=4)
+def test_qlora_holds_its_base_in_4_bits_and_computes_in_16(train):
+    ended = train({"kind": "qlora", "rank": 2}, optimizer="adamw_8bit", precision="bf16", max_steps=4)
     assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
     assert tripped(ended) == []
     assert "14 of 14 linear layers" in ended.gate("quantised_layers")["message"]
+    assert "100.0% bfloat16" in ended.gate("autocast")["message"]
     assert "Linear4bit" in ended.gate("adapters")["message"]
 
 

@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test slurm-campaign lint format types bench fuzz chaos clean
+.PHONY: help install demo test slurm-campaign lint format types bench peers fuzz chaos clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,12 +38,17 @@ lint: install ## format, style, types, and Snakemake's own linter
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 
-bench: install ## print what the instruments cost, GoRA's throughput beside LoRA's, and how fast traces are read
+bench: install ## print what the instruments cost, GoRA beside LoRA, planned beside measured memory, reading speed
 	python benchmarks/overhead.py
 	python benchmarks/gora_throughput.py
 	python benchmarks/agreement.py
 	python benchmarks/extraction.py
+	python benchmarks/planner.py
 	python benchmarks/report.py
+
+peers: install ## race the training loop against TRL, the Trainer, PEFT's loop and optimum-benchmark (an hour)
+	python benchmarks/peers.py --install
+	python benchmarks/peers.py
 
 fuzz: install ## mutate 10,000 study files, 2,000 dataset files and 1,000 traces, and look how each is handled
 	python -m tests.fuzz.campaign

@@ -35,8 +35,8 @@ def _turn(item: pytest.Item) -> int:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than cores: some tests wait for a scheduler or for a limit to pass."""
-    return (os.cpu_count() or 1) + 1
+    """More processes than cores: some tests wait for a scheduler or for a limit to pass."""
+    return (os.cpu_count() or 1) + 2
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def test_gpu_requests_arrive_and_full_nodes_are_waited_for(accounting_cluster, s
         assert "COMPLETED" in row
 
 
+@pytest.mark.slow_slurm
 def test_a_repeated_job_is_a_new_one_with_twice_the_memory_and_time(accounting_cluster, submit_to):
     checkout = submit_to(accounting_cluster, ON_GPUS | {"hardware": {"device": "cpu"}})
     checkout.behave(lora={"fails_first": True})

@@ -35,8 +35,12 @@ def locked() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def installed() -> dict[str, str]:
-    """What is installed; builds such as 2.13.0+cpu count as their version."""
-    return {normalised(found.metadata["Name"]): found.version.partition("+")[0] for found in distributions()}
+    """What is installed; builds such as 2.13.0+cpu count as their version.
+
+    Of several copies the first on the path counts, as for an import: setuptools brings some and adds them at the end.
+    """
+    first_last = reversed(list(distributions()))
+    return {normalised(found.metadata["Name"]): found.version.partition("+")[0] for found in first_last}
 
 
 def test_what_is_installed_is_what_is_locked(locked, installed):

@@ -67,7 +67,6 @@ def test_the_planned_peak_is_the_tracked_one(prepared, make_run, method, factors
 @pytest.mark.parametrize(
     ("method", "factors"),
     [
-        ("full", {"strategy": "ddp", "gpus": 4}),
         ("lora", {"gradient_checkpointing": True}),
         ("full", {"strategy": "fsdp", "gpus": 2}),
     ],

@@ -23,6 +23,7 @@ ON_GPUS = STUDY | {
 }
 
 
+@pytest.mark.slow_slurm
 def test_gpu_requests_arrive_and_full_nodes_are_waited_for(accounting_cluster, submit_to):
     checkout = submit_to(accounting_cluster, ON_GPUS, profile=(ON_ONE_NODE,))
     checkout.behave(lora={"sleep": 2})

@@ -34,11 +34,6 @@ def _turn(item: pytest.Item) -> int:
     return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """More processes than cores: some tests wait for a scheduler or for a limit to pass."""
-    return (os.cpu_count() or 1) + 2
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout under test."""

@@ -23,40 +23,15 @@ from typing import Any
 import psutil
 import yaml
 
+from tests import small_study
 from tunemap.frozen import FrozenPlan, freeze
 from tunemap.study_file import load_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN, RESULTS = "small.arithmetic.lora.seed-0", "results/small"
-ARCHITECTURE = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
-STUDY = {
-    "study": "small",
-    "data_root": "data",
-    "models": {"small": {"source": "random", "config": "qwen2", "tokenizer": "tokenizer"}},
-    "datasets": {"arithmetic": {"task": "arithmetic", "source": "made", "train_rows": 64, "test_rows": 8}},
+STUDY = small_study.STUDY | {
     "methods": {"lora": {"kind": "lora", "rank": 2}},
-    "defaults": {
-        "model": "small",
-        "dataset": "arithmetic",
-        "max_length": 128,
-        "max_steps": 6,
-        "epochs": None,
-        "logging_steps": 2,
-        "checkpoint_steps": 2,
-        "measurement_warmup_steps": 1,
-        "max_new_tokens": 8,
-    },
+    "defaults": small_study.STUDY["defaults"] | {"logging_steps": 2, "checkpoint_steps": 2, "max_new_tokens": 8},
     "experiments": [{"name": "methods", "question": "?", "vary": {"method": ["lora"]}, "profile": "torch"}],
     "hardware": {"device": "cpu"},
 }
@@ -110,7 +85,7 @@ class Study:
         from tunemap import corpora
 
         (self.root / "data" / "qwen2").mkdir(parents=True)
-        (self.root / "data" / "qwen2" / "config.json").write_text(json.dumps(ARCHITECTURE))
+        (self.root / "data" / "qwen2" / "config.json").write_text(json.dumps(small_study.ARCHITECTURE))
         corpora.build_arithmetic_tokenizer().save_pretrained(self.root / "data" / "tokenizer")
         (self.root / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
         before = os.getcwd()

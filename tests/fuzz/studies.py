@@ -20,12 +20,12 @@ ODD_VALUES: list[Any] = [
     float("inf"), "", " ", "x", "1e-4", "0x10", "1_000", "12:30:00", "yes", "null", "\x00", "~nouser/x", "$NOPE",
     "a" * 300, "\ud800", "../../x", "/", "a\nb", "{prompt}", "{prompt}{prompt}", "Ω", "$(id)", "`id`", "';id;",
     [], [1], [[1]], [1, 1], [True, 1], [1, 1.0], {}, {"a": 1}, {1: 2}, {None: 1}, datetime.date(2020, 1, 1), b"x",
-    "lora", "full", "tiny", [None], [{}], {"method.rank": 3}, {"source": "tiny"}, {"kind": "lora"},
+    "lora", "full", "tiny", "tiny-qwen2", [None], [{}], {"method.rank": 3}, {"source": "tiny"}, {"kind": "lora"},
     {"x": [1, {"y": {}}]}, {1, 2}, {"method": ["full", "lora"]}, {"seed": 0}, ["lora", "lora"],
 ]  # fmt: skip
 ODD_KEYS: list[Any] = [
     "x", None, 1, True, 1.5, datetime.date(2020, 1, 1), "", (1, 2), "method", "method.rank", b"k", "<<", "[key]",
-    "seed", "factors", "kind", "source", "learning_rate", "..", "a/b", "a b", "-a", "shared", "base",
+    "seed", "factors", "kind", "source", "learning_rate", "..", "a/b", "a b", "-a", "shared", "base", "\x00",
 ]  # fmt: skip
 SIGNS = [*"{}[]:,&*!|>'\"%@`-?#~\n\t ", "<<: ", "*a", "&a ", "!!python/object/apply:os.system ", "!!int ", "---\n"]
 POSITIVE = ("max_length", "per_device_batch_size", "learning_rate", "max_steps", "train_rows", "rank")

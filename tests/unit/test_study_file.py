@@ -1,7 +1,6 @@
 """Reading study files: every mistake is one clear message with file, line and remedy; never a traceback."""
 
 import copy
-import datetime
 import json
 import os
 import random
@@ -13,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.studies import bases, mutate
 from tunemap.errors import UserError
 from tunemap.study_file import load_plan, read_yaml
 
@@ -650,78 +650,6 @@ def test_a_data_root_given_by_hand_is_stronger_than_the_files(tmp_path):
 
 # --- anything at all --------------------------------------------------------------------------------------
 
-ODD_VALUES: list[Any] = [
-    None, True, 0, -1, 2**70, 1.5, float("nan"), float("inf"), "", "x", "1e-4", "\x00", "~nouser/x", "$NOPE", "a" * 300,
-    "\ud800", [], [1], [[1]], {}, {"a": 1}, {1: 2}, {None: 1}, datetime.date(2020, 1, 1), b"x", "lora", "tiny-qwen2",
-    [None], [{}], {"method.rank": 3}, {"source": "tiny"}, {"kind": "lora"}, {"x": [1, {"y": {}}]}, {1, 2},
-]  # fmt: skip
-ODD_KEYS: list[Any] = [
-    "x",
-    None,
-    1,
-    True,
-    1.5,
-    datetime.date(2020, 1, 1),
-    "",
-    (1, 2),
-    "method",
-    "\x00",
-    b"k",
-    "<<",
-    "[key]",
-]
-
-
-def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place, *(deeper for key, item in inner for deeper in places(item, (*place, key)))]
-
-
-def at(value: Any, place: tuple[Any, ...]) -> Any:
-    for step in place:
-        value = value[step]
-    return value
-
-
-def mutate(study: dict[Any, Any], rng: random.Random) -> None:
-    """Delete, replace, move, rename, add, wrap or repeat one place of a study."""
-    candidates = places(study)[1:]
-    if not candidates:
-        return
-    place = rng.choice(candidates)
-    parent, key = at(study, place[:-1]), place[-1]
-    change = rng.choice(["delete", "replace", "replace", "move", "rename", "add", "wrap", "repeat"])
-    if change == "delete":
-        del parent[key]
-    elif change == "replace":
-        parent[key] = copy.deepcopy(rng.choice(ODD_VALUES))
-    elif change == "move":
-        parent[key] = copy.deepcopy(at(study, rng.choice(candidates)))
-    elif change == "rename" and isinstance(parent, dict):
-        parent[rng.choice([*ODD_KEYS, f"{key}x"])] = parent.pop(key)
-    elif change == "add" and isinstance(parent, dict):
-        parent[rng.choice(ODD_KEYS)] = copy.deepcopy(rng.choice(ODD_VALUES))
-    elif change == "wrap":
-        parent[key] = [parent[key]]
-    elif change == "repeat" and isinstance(parent, list):
-        parent.append(copy.deepcopy(parent[key]))
-
-
-def full_study(repository: Path) -> dict[Any, Any]:
-    """The default study with every section and every source in it."""
-    study = yaml.safe_load((repository / "config/config.yaml").read_text())
-    study["models"] |= {
-        "random": {"source": "random", "config": "c.json", "tokenizer": "t", "overrides": {"layers": 2}},
-        "local": {"source": "local", "path": "t"},
-        "hub": {"source": "hub", "id": "a/b"},
-    }
-    files = {"train_file": "a.jsonl", "test_file": "a.jsonl", "prompt_field": "p", "answer_field": "a"}
-    study["datasets"]["own"] = {"task": "generation", "source": "file", "prompt_template": "t"} | files
-    study["prompt_templates"] = {"t": "Q: {prompt}"}
-    study["hardware"] = {"device": "cpu"}
-    study["experiments"][0] |= {"exclude": [{"method": "full"}], "only": [{"method": ["lora"]}]}
-    return study
-
 
 def plan_or_refusal(path: Path) -> bool:
     """Whether a study file is accepted; a refusal must name the file, in words that fit on a screen."""
@@ -739,18 +667,19 @@ def plan_or_refusal(path: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "t").mkdir()
-    (folder / "c.json").write_text("{}")
-    (folder / "a.jsonl").write_text("{}")
-    return folder
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def full_study(repository, workplace) -> dict[Any, Any]:
+    """The default study with every section and every source in it; do not change it."""
+    return bases(repository, workplace)[0]
 
 
 @given(seed=st.integers(0, 2**32), changes=st.integers(1, 5))
 @settings(max_examples=300, deadline=None)
-def test_any_change_of_a_study_is_a_plan_or_a_clear_refusal(repository, workplace, seed, changes):
-    rng, study = random.Random(seed), full_study(repository)
-    study["data_root"] = str(workplace)
+def test_any_change_of_a_study_is_a_plan_or_a_clear_refusal(full_study, workplace, seed, changes):
+    rng, study = random.Random(seed), copy.deepcopy(full_study)
     for _ in range(changes):
         mutate(study, rng)
     path = workplace / "s.yaml"
@@ -775,9 +704,9 @@ def test_any_edit_of_the_text_is_a_plan_or_a_clear_refusal(repository, workplace
     plan_or_refusal(path)
 
 
-def test_the_default_study_with_every_section_is_accepted(repository, workplace):
+def test_the_default_study_with_every_section_is_accepted(full_study, workplace):
     path = workplace / "s.yaml"
-    path.write_text(yaml.safe_dump(full_study(repository) | {"data_root": str(workplace)}, sort_keys=False))
+    path.write_text(yaml.safe_dump(full_study, sort_keys=False))
     assert plan_or_refusal(path)
 
 

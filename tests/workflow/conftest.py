@@ -12,43 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.small_study import ARCHITECTURE, STUDY
 from tunemap import corpora
 
 LEFT_BEHIND = shutil.ignore_patterns(
     ".git", ".venv", "results", "logs", ".snakemake", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
 )
-ARCHITECTURE = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
-STUDY = {
-    "study": "small",
-    "data_root": "data",
-    "models": {"small": {"source": "random", "config": "qwen2", "tokenizer": "tokenizer"}},
-    "datasets": {"arithmetic": {"task": "arithmetic", "source": "made", "train_rows": 64, "test_rows": 8}},
-    "methods": {"full": {"kind": "full"}, "lora": {"kind": "lora", "rank": 2}},
-    "defaults": {
-        "model": "small",
-        "dataset": "arithmetic",
-        "max_length": 128,
-        "max_steps": 6,
-        "epochs": None,
-        "measurement_warmup_steps": 1,
-        "max_new_tokens": 64,
-    },
-    "experiments": [
-        {"name": "methods", "question": "Which method?", "vary": {"method": ["full"]}, "profile": "torch"},
-        {"name": "rank", "question": "Which rank?", "fixed": {"method": "lora"}, "vary": {"method.rank": [2]}},
-    ],
-}
 FULL, LORA = "small.arithmetic.full.seed-0", "small.arithmetic.lora.seed-0"
 BASE = "small.arithmetic.base"
 

@@ -111,6 +111,7 @@ def read_source(dataset: DatasetConfig, data_root: Path | None) -> RawData:
     if dataset.source == "hub":
         if dataset.id is None:
             raise UserError("source hub: id is missing; give the repository, such as openai/gsm8k")
+        _check_hub_id(dataset.id)
         return _read_hub(dataset.id, dataset.subset, dataset.revision, dataset)
     folder = local_folder(dataset, data_root)
     files = split_files(folder, dataset.task)
@@ -172,6 +173,19 @@ def _table(file: Any, path: Path) -> Iterator[Record]:
             yield PlacedRecord(dict(zip(header, cells, strict=True)), path, reader.line_num)
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not a table ({error}); check the quotes") from None
+
+
+def _check_hub_id(repository: str) -> None:
+    """The datasets library would take the path of a folder for an id, and a folder of that name before the hub's."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"id: {repository}: no repository of the form owner/name ({error})") from None
+    if Path(repository).exists():
+        raise UserError(f"id: {repository}: a folder of this name lies here; use source local, or move it")
 
 
 def _read_hub(path: str, subset: str | None, revision: str | None, dataset: DatasetConfig) -> RawData:

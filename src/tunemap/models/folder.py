@@ -60,9 +60,12 @@ def _sync(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights of `folder`; `UserError` where there are none or one is absent."""
+    """The safetensors files that hold the weights of `folder`; `UserError` where there are none or one is absent.
+
+    Shards are files of the folder itself, and none is a pickle, which could run code when it is loaded.
+    """
     if (folder / WEIGHTS_INDEX).is_file():
-        names = sorted(set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values()))
+        names = _shards(folder / WEIGHTS_INDEX)
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise UserError(f"{folder / WEIGHTS_INDEX}: lists shards that are not there: {', '.join(absent)}")
@@ -70,6 +73,20 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     raise UserError(f"{folder}: no weights; expected {WEIGHTS}, or {WEIGHTS_INDEX} with its shards")
+
+
+def _shards(index: Path) -> list[str]:
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f"{index}: has no weight_map of tensors and their files; download the model again")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if Path(name).name != name or "\0" in name:
+            raise UserError(f"{index}: the shard {name!r} is no file of this folder")
+        if not name.endswith(".safetensors"):
+            raise UserError(f"{index}: the shard {name} is no .safetensors file, and others are not loaded")
+    return names
 
 
 def bring(source: Path, folder: Path) -> None:

@@ -96,6 +96,7 @@ def load_model(
     weight_files(folder)
     config = _task_config(folder, task_kind, num_labels)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention}
+    settings |= {"trust_remote_code": False, "use_safetensors": True}  # no code of the folder, no pickle
     if quantization:
         outside = _linears_outside_blocks(empty_model(config, task_kind=task_kind, num_labels=num_labels))
         settings |= {"quantization_config": _bitsandbytes(quantization, outside), "device_map": {"": str(device)}}

@@ -164,6 +164,7 @@ def test_a_folder_in_hub_layout_is_read_by_the_datasets_library(tmp_path: Path, 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = hub_folder(tmp_path / "repository")
     where = {"path": "repository"} if source == "local" else {"id": str(folder)}
+    monkeypatch.setattr("tunemap.data.sources._check_hub_id", lambda _: None)  # refuses a folder, which stands in here
     train, test, _ = prepared(tmp_path / "out", tmp_path, task="gsm8k", source=source, subset="main", **where)
     assert [row["prompt"] for row in train] == [f"main train {i}?" for i in range(6)]
     assert test[2] == {"id": "gsm8k-test-2", "prompt": "main test 2?", "answer": "#### 2"}
@@ -190,6 +191,19 @@ def test_a_hub_that_cannot_be_reached_is_no_traceback(tmp_path: Path, monkeypatc
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="dataset openai/gsm8k, subset main: cannot be read"):
         prepared(tmp_path, task="gsm8k", source="hub", id="openai/gsm8k", subset="main")
+
+
+@pytest.mark.parametrize("name", ["/etc", "../elsewhere", "a/b/c", "someone/..", "owner/na me", "$(id)"])
+def test_an_id_that_is_no_repository_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"^id: .* no repository of the form owner/name"):
+        prepared(tmp_path, task="gsm8k", source="hub", id=name)
+
+
+def test_a_folder_is_not_taken_for_a_repository_of_its_name(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub_folder(tmp_path / "openai" / "gsm8k")
+    with pytest.raises(UserError, match="id: openai/gsm8k: a folder of this name lies here; use source local"):
+        prepared(tmp_path / "out", task="gsm8k", source="hub", id="openai/gsm8k", subset="main")
 
 
 def test_a_hub_dataset_needs_an_id(tmp_path: Path) -> None:

@@ -125,3 +125,22 @@ def test_weights_in_shards_are_listed_and_a_missing_shard_is_named(tmp_path):
         weight_files(tmp_path)
     (tmp_path / "2.safetensors").touch()
     assert [path.name for path in weight_files(tmp_path)] == ["1.safetensors", "2.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', r"shard '../elsewhere.safetensors' is no file of this"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "shard '/etc/passwd' is no file of this folder"),
+        ('{"weight_map": {"a": "pytorch_model-1.bin"}}', "pytorch_model-1.bin is no .safetensors file"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map of tensors"),
+        ('{"weight_map": []}', "has no weight_map of tensors"),
+        ("[]", "has no weight_map of tensors"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_an_index_names_files_of_its_folder_and_no_pickles(tmp_path, index, message):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    (tmp_path / "pytorch_model-1.bin").touch()
+    with pytest.raises(UserError, match=f"index.json: .*{message}"):
+        weight_files(tmp_path)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import shutil
 import warnings
 
@@ -213,6 +214,41 @@ def test_missing_weights_are_refused(qwen2, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights; expected model"):
         _load(folder)
+
+
+class _Runs:
+    """A pickle that leaves a file behind when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_pickled_weights_are_refused_and_not_opened(qwen2, tmp_path, name):
+    folder = _copy(qwen2, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps({"weights": _Runs(tmp_path / "ran")}))
+    with pytest.raises(UserError, match=r"no weights; expected model.safetensors|cannot load it"):
+        _load(folder)
+    with pytest.raises(UserError, match=r"pytorch_model.bin must be converted|damaged"):
+        prepare(LocalModel(source="local", path=str(folder)), tmp_path / "taken")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_model_folder_is_never_run(qwen2, tmp_path):
+    folder = _copy(qwen2, tmp_path / "m")
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = read_json(folder / "config.json")
+    code = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": code}))
+    assert type(_load(folder)).__name__ == "Qwen2ForCausalLM"
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": code, "model_type": "mine"}))
+    with pytest.raises(UserError, match="model_type mine is not an architecture of transformers"):
+        _load(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_encoder_is_refused_for_generation(distilbert):

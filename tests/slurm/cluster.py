@@ -33,7 +33,7 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=20
 CredType=cred/munge
 {listen}
 MpiDefault=none
@@ -58,7 +58,8 @@ OverTimeLimit=0
 SlurmctldTimeout=30
 SlurmdTimeout=30
 JobRequeue=0
-PreemptType=preempt/none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/run/slurmctld.pid
@@ -69,6 +70,7 @@ PlugStackConfig=/dev/null
 {accounting}
 {nodes}
 PartitionName=gpu Nodes=n[1-{count}] Default=YES MaxTime=INFINITE DefaultTime=10 DefMemPerCPU=500 State=UP
+PartitionName=urgent Nodes=n[1-{count}] MaxTime=INFINITE DefaultTime=10 DefMemPerCPU=500 State=UP PriorityTier=10
 """
 ACCOUNTING = """\
 AccountingStorageType=accounting_storage/slurmdbd
@@ -167,9 +169,20 @@ class Cluster:
         daemon.kill()
         daemon.wait()
 
+    def fail_node(self, node: str) -> None:
+        """Kill a node's daemon and all processes of its jobs, as a loss of power does."""
+        self.kill_slurmd(node)
+        of_jobs = list(self._left_behind(node))
+        keepers = {keeper for pid in of_jobs if (keeper := _ancestor(pid, "slurmstepd")) is not None}
+        for pid in [*keepers, *of_jobs]:  # those first that would tell of the end of the others
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def start_slurmd(self, node: str) -> None:
-        """Start a node's daemon."""
+        """Start a node's daemon, and wait until jobs can start there."""
         self._spawn(f"slurmd.{node}", ["slurmd", "-D", "-N", node])
+        usable = ("idle", "mixed", "allocated")
+        self._wait(f"slurmd.{node}", lambda: self.run("sinfo", "-h", "-N", "-n", node, "-o", "%T").split()[0] in usable)
 
     def clear(self) -> None:
         """Cancel every job and wait until none is left."""
@@ -285,13 +298,14 @@ class Cluster:
                 raise RuntimeError(f"{name} does not come up: {log}")
             time.sleep(0.05)
 
-    def _left_behind(self) -> Iterator[int]:
-        """Processes of jobs of this cluster, by their environment."""
-        mine = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
+    def _left_behind(self, node: str | None = None) -> Iterator[int]:
+        """Processes of jobs of this cluster, or of one of its nodes, by their environment."""
+        mine = {f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()}
+        mine |= {f"SLURMD_NODENAME={node}".encode()} if node is not None else set()
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):
                 variables = path.read_bytes().split(b"\0")
-                if mine in variables and any(name.startswith(b"SLURM_JOB_ID=") for name in variables):
+                if mine.issubset(variables) and any(name.startswith(b"SLURM_JOB_ID=") for name in variables):
                     yield int(path.parent.name)
 
 
@@ -305,6 +319,19 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+def _ancestor(pid: int, name: str) -> int | None:
+    """The nearest process above `pid` with that name."""
+    while pid > 1:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return None
+        if fields[fields.index("(") + 1 : fields.rindex(")")] == name:
+            return pid
+        pid = int(fields.rpartition(")")[2].split()[1])
+    return None
 
 
 def _end_with_parent() -> None:

@@ -142,6 +142,46 @@ def test_a_dead_slurmd_does_not_end_a_run(cluster, submit_to):
     assert "resuming" not in _log(checkout)
 
 
+def test_a_preempted_run_resumes_in_the_same_job(cluster, submit_to):
+    checkout = submit_to(cluster, LONG)
+    process = checkout.start(TARGET)
+    wait_until(lambda: _has_checkpoint(checkout), "a checkpoint")
+    job = _running(checkout)
+    ask = ("-p", "urgent", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 5")
+    urgent = cluster.run("sbatch", "--parsable", *ask).strip()
+    wait_until(lambda: cluster.run("squeue", "-h", "-j", urgent, "-o", "%T").strip() == "RUNNING", "urgent work")
+    assert process.wait(timeout=LIMIT_S) == 0, checkout.log
+    _resumed_by_slurm(checkout, job)
+
+
+def test_a_run_on_a_node_that_dies_resumes_on_another(accounting_cluster, submit_to):
+    checkout = submit_to(accounting_cluster, LONG)
+    process = checkout.start(TARGET)
+    wait_until(lambda: _has_checkpoint(checkout), "a checkpoint")
+    job = _running(checkout)
+    node = accounting_cluster.run("squeue", "-h", "-j", job, "-o", "%N").strip()
+    accounting_cluster.fail_node(node)
+    try:
+        assert process.wait(timeout=LIMIT_S) == 0, checkout.log
+    finally:
+        accounting_cluster.start_slurmd(node)
+    _resumed_by_slurm(checkout, job)
+    rows = accounting_cluster.run("sacct", "-nXPD", "-j", job, "-o", "State,NodeList").split()
+    assert rows[0] == f"NODE_FAIL|{node}"
+    assert rows[1].startswith("COMPLETED|")
+    assert node not in rows[1]
+
+
+def _resumed_by_slurm(checkout, job: str) -> None:
+    """The run went on after its checkpoint in the same job: Slurm had put it back into the queue, Snakemake had not."""
+    assert "Restarts=1 " in checkout.cluster.run("scontrol", "show", "job", job)
+    assert submitted(checkout.log)[-1] == job
+    assert len(submitted(checkout.log)) == 2  # tokens and the run
+    assert re.search(r"resuming after step \d+", _log(checkout))
+    assert checkout.outcome(LORA)["outcome"] == "ok"
+    assert _steps(checkout) == list(range(1500))
+
+
 def test_what_lives_on_after_the_workflow_was_killed_is_not_computed_again(cluster, submit_to):
     checkout = submit_to(cluster, LONG)
     process = checkout.start(TARGET)

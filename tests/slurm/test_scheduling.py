@@ -69,6 +69,25 @@ def test_a_repeated_job_is_a_new_one_with_twice_the_memory_and_time(accounting_c
 
 
 @pytest.mark.slow_slurm
+@pytest.mark.parametrize("name", ["cluster", "accounting_cluster"])
+def test_a_waiting_job_that_is_cancelled_is_submitted_once_more(request, submit_to, name):
+    used = request.getfixturevalue(name)
+    fixed = {"method": "lora", "strategy": "ddp", "gpus": 4}
+    study = ON_GPUS | {"experiments": [{"name": "e", "question": "?", "fixed": fixed, "seeds": [0, 1]}]}
+    checkout = submit_to(used, study, profile=(ON_ONE_NODE,))
+    checkout.behave(lora={"sleep": 8})
+    process = checkout.start(*checkout.targets())
+    wait_until(lambda: "PENDING" in checkout.jobs().values() and len(checkout.reports()) == 1, "one job waits")
+    (waiting,) = used.run("squeue", "-h", "-t", "PD", "-o", "%A").split()
+    used.run("scancel", waiting)
+    assert process.wait(timeout=LIMIT_S) == 0, checkout.log
+    assert len({one["run"] for one in checkout.reports()}) == 2
+    assert waiting not in {one["job"] for one in checkout.reports()}
+    assert len(submitted(checkout.log)) == 4  # tokens, two runs, and one of them again
+    assert checkout.planned() & {f"train {one['run']}" for one in checkout.reports()} == set()
+
+
+@pytest.mark.slow_slurm
 def test_an_edited_study_does_not_touch_jobs_that_wait(cluster, submit_to):
     study = ON_GPUS | {"methods": {"lora": {"kind": "lora", "rank": 2}, "wide": {"kind": "lora", "rank": 3}}}
     fixed = {"strategy": "ddp", "gpus": 4}

@@ -182,7 +182,9 @@ class Cluster:
         """Start a node's daemon, and wait until jobs can start there."""
         self._spawn(f"slurmd.{node}", ["slurmd", "-D", "-N", node])
         usable = ("idle", "mixed", "allocated")
-        self._wait(f"slurmd.{node}", lambda: self.run("sinfo", "-h", "-N", "-n", node, "-o", "%T").split()[0] in usable)
+        self._wait(
+            f"slurmd.{node}", lambda: self.run("sinfo", "-hNp", "gpu", "-n", node, "-o", "%T").split()[0] in usable
+        )
 
     def clear(self) -> None:
         """Cancel every job and wait until none is left."""
@@ -258,7 +260,7 @@ class Cluster:
         self._wait("slurmctld", lambda: self.run("scontrol", "ping"))
         for i in self._numbers():
             self.start_slurmd(f"n{i}")
-        self._wait("slurmctld", lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * self.nodes)
+        self._wait("slurmctld", lambda: self.run("sinfo", "-hNp", "gpu", "-o", "%T").split() == ["idle"] * self.nodes)
 
     def _start_database(self) -> None:
         data, sock = self.folder / "mysql", self.folder / "run" / "my.sock"

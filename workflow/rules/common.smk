@@ -1,6 +1,7 @@
 # Loads and freezes the plan; answers one question about it per function. No rules here.
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,9 +30,10 @@ wildcard_constraints:
     tokens=r"[A-Za-z0-9_.-]+",
 
 
-# Jobs find the package beside the Snakefile, in every environment; the second line is Snakemake's own default.
+# Jobs find the package beside the Snakefile, in every environment; the end is Snakemake's own default.
+PACKAGE = shlex.quote(f"{CHECKOUT}/src")
 shell.prefix(
-    f'export PYTHONPATH="{CHECKOUT}/src${{{{PYTHONPATH:+:$PYTHONPATH}}}}"; set -euo pipefail; '
+    f"export PYTHONPATH={PACKAGE}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; set -euo pipefail; "
 )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from tunemap.errors import UserError
 from tunemap.files import damaged, read_json, read_sealed, write_atomic, write_json, write_sealed
 from tunemap.run import Run
+from tunemap.startup import collection_paused
 from tunemap.training import finished, parent
 from tunemap.training.devices import Devices, lease_devices
 from tunemap.training.failure import Failure, describe, how_it_ended, is_of_storage, read_failures, write_failure
@@ -179,7 +180,8 @@ def main() -> None:
 
 
 def _evaluate_share(arguments: argparse.Namespace) -> None:
-    from tunemap.evaluate import evaluate_share
+    with collection_paused():
+        from tunemap.evaluate import evaluate_share
 
     heartbeat = Heartbeat(arguments.work, arguments.rank)
     share = evaluate_share(

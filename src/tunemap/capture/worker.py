@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tunemap.files import write_json
 from tunemap.run import Run
+from tunemap.startup import collection_paused
 from tunemap.training.failure import describe, write_failure
 from tunemap.training.parent import end_with_parent
 
@@ -62,14 +63,15 @@ def shortened(run: Run) -> Run:
 
 
 def _capture(arguments: argparse.Namespace) -> None:
-    import torch
+    with collection_paused():
+        import torch
 
-    from tunemap.data.tokens import load_tokens
-    from tunemap.distributed.world import join_world, leave_world
-    from tunemap.training.assemble import assemble
-    from tunemap.training.batches import feed, micro_batches, schedule_of
-    from tunemap.training.checkpoint import seed_everything
-    from tunemap.training.loop import Loop
+        from tunemap.data.tokens import load_tokens
+        from tunemap.distributed.world import join_world, leave_world
+        from tunemap.training.assemble import assemble
+        from tunemap.training.batches import feed, micro_batches, schedule_of
+        from tunemap.training.checkpoint import seed_everything
+        from tunemap.training.loop import Loop
 
     run = shortened(Run.from_json(arguments.run_file.read_text()))
     factors = run.factors

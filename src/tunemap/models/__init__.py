@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.config import HubModel, LocalModel, ModelConfig, RandomModel
+from tunemap.startup import collection_paused
 
 
 def prepare(
@@ -23,7 +24,8 @@ def prepare(
     Raises:
         UserError: a path, download, override or pretraining that does not work out, with what to do about it.
     """
-    from tunemap.models.describe import describe
+    with collection_paused():
+        from tunemap.models.describe import describe
     from tunemap.models.folder import build_folder, write_manifest
 
     with build_folder(destination) as folder:

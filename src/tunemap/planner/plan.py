@@ -17,6 +17,7 @@ from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
 from tunemap.planner.prediction import Account, Data, Prediction
 from tunemap.run import Run
+from tunemap.startup import collection_paused
 
 Progress = Callable[[int, int], None]
 """Called before each account that is made, with how many are made and how many are to be."""
@@ -80,10 +81,11 @@ def predict_to_file(plan_path: Path, data_root: Path, output: Path, *, results: 
 
 def make_account(run: Run, data: Data, target: Target, *, data_root: Path, results: Path) -> Account | NoAccount:
     """The account of a run, or the reason why its step cannot be run without contents."""
-    import torch
+    with collection_paused():
+        import torch
 
-    from tunemap.planner.memory import account
-    from tunemap.planner.models import architecture_of
+        from tunemap.planner.memory import account
+        from tunemap.planner.models import architecture_of
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # nothing is computed

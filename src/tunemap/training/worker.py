@@ -26,6 +26,7 @@ from tunemap.flaws import let_through
 from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, tripped
 from tunemap.measure.clock import PartsTimer, process_age_s
 from tunemap.run import Run
+from tunemap.startup import collection_paused
 from tunemap.training.failure import InvalidRunError, describe, write_failure
 from tunemap.training.heartbeat import STOP, Heartbeat
 from tunemap.training.parent import end_with_parent
@@ -134,16 +135,16 @@ def _train(job: Job, progress: Progress) -> None:
     started_at = time.time() - process_age_s()
     parts = PartsTimer(since_process_start=True)
     with progress.during("load"), parts.part("load"):
-        import torch
+        with collection_paused():
+            import torch
 
+            from tunemap.data.tokens import load_tokens
+            from tunemap.distributed.world import join_world, leave_world
+            from tunemap.training import checkpoint
+            from tunemap.training.assemble import assemble
+            from tunemap.training.batches import schedule_of
+            from tunemap.training.observe import Observer
         torch.set_num_threads(factors.threads_per_process)
-        from tunemap.data.tokens import load_tokens
-        from tunemap.distributed.world import join_world, leave_world
-        from tunemap.training import checkpoint
-        from tunemap.training.assemble import assemble
-        from tunemap.training.batches import schedule_of
-        from tunemap.training.observe import Observer
-
         world = join_world(job.device, strategy=factors.strategy, expected_size=factors.gpus)
     if world.is_main:
         write_json(job.work / ENVIRONMENT, _environment(job, world))

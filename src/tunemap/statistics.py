@@ -7,13 +7,14 @@ Correctness arrays have the shape [seeds, examples] and hold 0 or 1; all seeds a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
-from statsmodels.stats import contingency_tables, proportion
+from scipy import special
 
 CONFIDENCE = 0.95
+NORMAL_QUANTILE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 NOT_DISTINGUISHABLE = "not distinguishable"
 
 Floats = NDArray[np.float64]
@@ -55,8 +56,7 @@ def wilson(correct: float, n: float) -> Interval:
     """Wilson score interval of a share of `n` examples (Wilson 1927, https://doi.org/10.2307/2276774)."""
     if n <= 0:
         return UNKNOWN
-    low, high = proportion.proportion_confint(correct, n, alpha=1 - CONFIDENCE, method="wilson")
-    return Interval(correct / n, float(low), float(high))
+    return _score_interval(correct / n, n, NORMAL_QUANTILE)
 
 
 def mean(values: ArrayLike) -> Interval:
@@ -102,8 +102,8 @@ def accuracy(correct: ArrayLike) -> Interval:
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
     """Exact two-sided p-value of McNemar's test on the same examples (https://doi.org/10.1007/BF02295996)."""
     left, right = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    table = [[np.sum(left & right), np.sum(left & ~right)], [np.sum(~left & right), np.sum(~left & ~right)]]
-    return float(contingency_tables.mcnemar(table, exact=True).pvalue)
+    only_left, only_right = int(np.sum(left & ~right)), int(np.sum(~left & right))
+    return min(1.0, 2 * float(special.bdtr(min(only_left, only_right), only_left + only_right, 0.5)))
 
 
 def paired_bootstrap(first: ArrayLike, second: ArrayLike, resamples: int = 4000, seed: int = 0) -> Interval:
@@ -234,7 +234,7 @@ def front_probability(intervals: list[list[Interval]], draws: int = 2000, seed: 
         return np.zeros(0)
     centre = np.array([[objective.estimate for objective in point] for point in intervals])
     width = np.array([[objective.high - objective.low for objective in point] for point in intervals])
-    deviation = width / (2 * stats.norm.ppf((1 + CONFIDENCE) / 2))
+    deviation = width / (2 * NORMAL_QUANTILE)
     noise = np.random.default_rng(seed).standard_normal((draws, *centre.shape))
     return pareto_front(centre + noise * deviation).mean(axis=0)
 

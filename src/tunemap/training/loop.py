@@ -224,8 +224,10 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     Labels are shifted already, so the logits are taken as they are.
     """
     logits = model(**batch.inputs).logits
-    if batch.labels.dim() == 2:
-        logits = logits[:, -batch.labels.shape[1] :]  # behind the virtual tokens of prompt tuning
+    # Behind the virtual tokens of prompt tuning. Elsewhere not even a slice of the whole: its backward would copy the
+    # gradient of all logits into new memory, the largest tensor of the step.
+    if batch.labels.dim() == 2 and logits.shape[1] != batch.labels.shape[1]:
+        logits = logits[:, -batch.labels.shape[1] :]
     return cross_entropy(logits.flatten(0, -2).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

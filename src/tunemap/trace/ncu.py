@@ -1,9 +1,15 @@
-"""Nsight Compute CSV (details or metrics page) to roofline points: bytes, FLOPs and time per kernel.
+"""Nsight Compute CSV to roofline points: bytes, FLOPs and time per kernel.
 
-A row of the CSV is one metric of one kernel launch:
+Two layouts are read. In those of `--page details` and of ncu's own output, a row is one metric of one kernel launch:
 
     "0","1740670","python3.12","127.0.0.1","gemv…","1","7","(32, 4, 1)","(224, 1, 1)","0","12.0",
     "Command line profiler metrics","dram__bytes_read.sum","Mbyte","2.33",…
+
+In that of `--page raw` a row is a launch, a column a metric, and a row below the header has the units:
+
+    "ID","Process ID",…,"Kernel Name",…,"dram__bytes_read.sum","gpu__time_duration.sum"
+    "","",…,"",…,"byte","ns"
+    "0","1740670",…,"gemv…",…,"2,330,000","23,420"
 
 Traps: metric names repeat between sections with other units ("Memory Throughput" in % and in Gbyte/s); units are scaled
 per row; numbers carry thousands separators; values may be n/a; text of the profiled program can come before the header.
@@ -12,7 +18,7 @@ replayed kernels at fixed clocks and must not be compared with the times of a tr
 """
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +43,10 @@ _FLOPS_PER_INSTRUCTION = {
 _TENSOR_PREFIX = "sm__ops_path_tensor_"
 _READ, _WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 _TIMES = ("gpu__time_duration.sum", "Duration")
-_NEEDED = ("ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value")
+_KERNEL = ("ID", "Kernel Name")
+_METRIC = ("Metric Name", "Metric Unit", "Metric Value")
+
+METRICS = (_TIMES[0], _READ, _WRITTEN, *_FLOPS_PER_INSTRUCTION)  # what ncu is asked for, besides tensor counters
 
 COLUMNS = (
     "report",
@@ -83,7 +92,7 @@ def _point(metrics: dict[str, float]) -> dict[str, Any]:
     time_ns = next((metrics[name] for name in _TIMES if name in metrics), None)
     moved = metrics[_READ] + metrics[_WRITTEN] if _READ in metrics and _WRITTEN in metrics else None
     scalar = sum(value * _FLOPS_PER_INSTRUCTION.get(name, 0) for name, value in metrics.items())
-    tensor = sum(value for name, value in metrics.items() if name.startswith(_TENSOR_PREFIX))
+    tensor = sum(metrics[name] for name in tensor_counters(metrics))
     flops = scalar + tensor or None  # 0 means that the report counts other operations than this kernel's
     return {
         "time_ns": time_ns,
@@ -93,6 +102,20 @@ def _point(metrics: dict[str, float]) -> dict[str, Any]:
         "flops_per_byte": flops / moved if flops and moved else None,
         "flops_per_s": flops / time_ns * 1e9 if flops and time_ns else None,
     }
+
+
+def tensor_counters(metrics: Iterable[str]) -> list[str]:
+    """Those of the metrics that count operations of tensor cores, each operation once.
+
+    A counter is the sum of those that its name begins (`…src_bf16_dst_fp32` of `…src_bf16_dst_fp32_sparsity_off`), and
+    the family `…op_…` counts what the others count by another key; it is used where there is nothing else.
+    """
+    names = {name for name in metrics if name.startswith(_TENSOR_PREFIX)}
+    stems = {name.partition(".")[0] for name in names}
+    by_operation = {stem for stem in stems if stem.startswith(f"{_TENSOR_PREFIX}op_")}
+    stems = stems - by_operation or by_operation
+    outer = {stem for stem in stems if not any(stem.startswith(f"{other}_") for other in stems)}
+    return sorted(name for name in names if name.partition(".")[0] in outer and name.endswith(".sum"))
 
 
 def _records(path: Path) -> Iterable[dict[str, str]]:
@@ -107,10 +130,24 @@ def _records(path: Path) -> Iterable[dict[str, str]]:
             f'{path}: no ncu CSV (no header line that starts with "ID"); make one with: ncu --import REPORT --csv'
         )
     reader = csv.DictReader(lines[header:])
-    missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
-    if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; export with --page details (one metric a row)")
-    return [r for r in reader if r["Metric Name"] and (r["ID"] or "").isdigit()]
+    names = reader.fieldnames or ()
+    metrics = [name for name in names if "__" in name]
+    needed = _KERNEL if metrics else (*_KERNEL, *_METRIC)
+    if missing := [name for name in needed if name not in names]:
+        raise UserError(f"{path}: no column {', '.join(missing)}; export with: ncu --import REPORT --csv --page raw")
+    if not metrics:
+        return [row for row in reader if row["Metric Name"] and (row["ID"] or "").isdigit()]
+    return list(_one_by_one(list(reader), metrics))
+
+
+def _one_by_one(rows: list[dict[str, str]], metrics: list[str]) -> Iterator[dict[str, str]]:
+    """The raw page as rows of the other one; its units are in the row without an ID."""
+    units = next((row for row in rows if not row["ID"]), {})
+    for row in rows:
+        if (row["ID"] or "").isdigit():
+            for name in metrics:
+                values = dict(zip(_METRIC, (name, units.get(name, ""), row[name]), strict=True))
+                yield values | {key: row[key] for key in _KERNEL}
 
 
 def _number(text: str | None, unit: str | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What the captures of an experiment say: the time of a step by phase and category, and the longest operators."""
+"""What the captures of an experiment say: the time of a step by phase and category, and one step over time."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Captured:
     idle_ms: float
     operators: tuple[tuple[str, float], ...]  # longest ones with their share of the busy time
     profiled_to_unprofiled_ratio: float | None
+    timeline: pd.DataFrame  # of its middle step, see `tunemap.trace.timeline`; without rows where no phase was seen
 
     @property
     def categories(self) -> Counter[str]:
@@ -63,4 +64,11 @@ def _read(folder: Path, run: str, point: str) -> Captured:
         idle_ms=sum(device["idle_ns"] for device in summary["devices"]) / per_step_ms,
         operators=tuple((str(name), float(wall) / per_step_ms / busy_ms) for name, wall in kernels.items()),
         profiled_to_unprofiled_ratio=described["profiled_to_unprofiled_ratio"],
+        timeline=_timeline(folder / "timeline.csv"),
     )
+
+
+def _timeline(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; remove {path.parent}, and the workflow reads its capture again")
+    return pd.read_csv(path, dtype={"name": str, "device": str})

@@ -1,6 +1,7 @@
 """The figures of a study, drawn from its tables: the same tables give the same bytes.
 
-    figures/EXPERIMENT-KIND   .svg, .pdf, .png: tradeoff accuracy throughput memory loss waterfall scaling step ranks
+    figures/EXPERIMENT-KIND   .svg, .pdf, .png: tradeoff accuracy throughput memory loss waterfall scaling step
+                              timeline ranks
     figures/figures.json      title, caption and alternative text of each, for the report
 
 A method has one colour in all figures of a study. Runs that failed are marked where their number would stand.
@@ -31,6 +32,7 @@ from tunemap.report.rank_map import draw_ranks
 from tunemap.report.scaling_figure import draw_scaling
 from tunemap.report.scene import Scene, scenes
 from tunemap.report.step_figure import draw_step
+from tunemap.report.timeline_figure import draw_timeline
 from tunemap.report.tradeoff_figure import draw_tradeoff
 from tunemap.report.waterfall_figure import draw_waterfall
 
@@ -127,5 +129,6 @@ KINDS: dict[str, tuple[Callable[[Scene], tuple[Figure, str, str] | None], str]] 
     "waterfall": (draw_waterfall, "From the baseline, part by part"),
     "scaling": (draw_scaling, "Scaling over devices"),
     "step": (draw_step, "Where a step goes"),
+    "timeline": (draw_timeline, "One step over time"),
     "ranks": (lambda scene: draw_ranks(scene.ranks), "Ranks and importances by layer"),
 }

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tunemap.collect import read_tables, write_tables
+from tunemap.collect import read_tables
 from tunemap.files import read_json, write_atomic_chunks
 from tunemap.report import words
 from tunemap.report.cards import (
@@ -39,7 +39,6 @@ from tunemap.report.extras import (
     windows,
 )
 from tunemap.report.figures import PUBLISHED as PUBLISHED_DRAWING
-from tunemap.report.figures import write_figures
 from tunemap.report.formats import records
 from tunemap.report.map_data import map_data
 from tunemap.report.published_tables import page_tables
@@ -48,15 +47,8 @@ from tunemap.report.sections import section
 
 Row = dict[str, Any]
 PAGE_COLOURS = {INK: "currentColor", AXIS: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
-WHY = ("waterfall", "step", "ranks")  # figures that explain; the others stand with their experiment
+WHY = ("waterfall", "step", "timeline", "ranks")  # figures that explain; the others stand with their experiment
 WINDOW_COLUMNS = ("Capture", "Window, ms", "Compute, %", "Exposed communication, %", "Exposed copies, %", "Idle, %")
-
-
-def build_report(plan_path: Path, results_dir: Path, output: Path) -> None:
-    """From result files to the page: tables, figures and report of results/STUDY."""
-    write_tables(plan_path, results_dir)
-    write_figures(results_dir / "tables", results_dir / "figures", plan_path)
-    write_report(plan_path, results_dir, output)
 
 
 def write_report(

@@ -20,12 +20,9 @@ def draw_step(scene: Scene) -> tuple[Figure, str, str] | None:
     captures = scene.captures
     if not captures:
         return None
-    total: Counter[str] = Counter()
-    for capture in captures:
-        total.update(capture.categories)
-    named = [name for name, _ in total.most_common(MOST_CATEGORIES)]
-    colours = dict(zip(named, sns.color_palette("colorblind", len(named)).as_hex(), strict=True))
-    phases = [phase for phase in PHASES if any((phase, c) in capture.wall_ms for capture in captures for c in total)]
+    colours = category_colours(captures)
+    seen = {phase for capture in captures for phase, _ in capture.wall_ms}
+    phases = [phase for phase in PHASES if phase in seen]
     height = 0.9 + len(captures) * (0.5 + 0.24 * (len(phases) + 1))
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(len(captures), sharex=True, squeeze=False)[:, 0]
@@ -34,7 +31,7 @@ def draw_step(scene: Scene) -> tuple[Figure, str, str] | None:
     panels[-1].set_xlabel("milliseconds of a step, under the profiler")
     handles = [Line2D([], [], marker="s", linestyle="", color=colour, markersize=8) for colour in colours.values()]
     handles += [Line2D([], [], marker="s", linestyle="", color=GRID, markersize=8)]
-    figure.legend(handles, [*named, "other categories"], loc="outside lower center", ncols=5)
+    figure.legend(handles, [*colours, "other categories"], loc="outside lower center", ncols=5)
     slowed = [f"{c.point} {c.profiled_to_unprofiled_ratio:.2f}" for c in captures if c.profiled_to_unprofiled_ratio]
     longest = "; ".join(
         f"{c.point}: " + ", ".join(f"{name} {share:.0%}" for name, share in c.operators) for c in captures
@@ -48,6 +45,15 @@ def draw_step(scene: Scene) -> tuple[Figure, str, str] | None:
         f"{c.point}: " + ", ".join(f"{phase} {_phase_ms(c, phase):.1f}" for phase in phases) for c in captures
     )
     return figure, caption, alt
+
+
+def category_colours(captures: list[Captured]) -> dict[str, str]:
+    """A colour for each of the categories that take most time in all captures of an experiment, longest first."""
+    total: Counter[str] = Counter()
+    for capture in captures:
+        total.update(capture.categories)
+    named = [name for name, _ in total.most_common(MOST_CATEGORIES)]
+    return dict(zip(named, sns.color_palette("colorblind", len(named)).as_hex(), strict=True))
 
 
 def _phase_ms(capture: Captured, phase: str) -> float:

@@ -71,6 +71,16 @@ class Fake:
         """The plan as it is on disk."""
         return json.loads(self.plan_path.read_text())
 
+    def build(self, output: Path) -> None:
+        """From result files to the page, as the workflow's rules do one after the other."""
+        from tunemap.collect import write_tables
+        from tunemap.report.figures import write_figures
+        from tunemap.report.page import write_report
+
+        write_tables(self.plan_path, self.results_dir)
+        write_figures(self.results_dir / "tables", self.results_dir / "figures", self.plan_path)
+        write_report(self.plan_path, self.results_dir, output)
+
     def outcome(self, run: str) -> Path:
         """outcome.json of a run."""
         return self.results_dir / "runs" / run / "outcome.json"

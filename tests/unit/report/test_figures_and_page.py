@@ -30,13 +30,13 @@ sys.modules["fake_results"] = fake_results  # dataclasses look their module up
 SPEC.loader.exec_module(fake_results)
 
 # Scaling needs several devices, a step captures, ranks GoRA, which are not here.
-KINDS = [kind for kind in figures.KINDS if kind not in ("scaling", "step", "ranks")]
+KINDS = [kind for kind in figures.KINDS if kind not in ("scaling", "step", "timeline", "ranks")]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     fake = fake_results.write(tmp_path_factory.mktemp("study"), seeds=2, examples=60)
-    page.build_report(fake.plan_path, fake.results_dir, fake.results_dir / "report.html")
+    fake.build(fake.results_dir / "report.html")
     return fake
 
 
@@ -153,7 +153,7 @@ def test_a_study_in_which_nothing_ran_has_a_page_and_no_figure(tmp_path):
     fake = fake_results.write(tmp_path, seeds=1, examples=5)
     for path in fake.results_dir.glob("*/*/*"):
         path.unlink()
-    page.build_report(fake.plan_path, fake.results_dir, tmp_path / "report.html")
+    fake.build(tmp_path / "report.html")
     assert json.loads((fake.results_dir / "figures" / "figures.json").read_text()) == []
     text = (tmp_path / "report.html").read_text()
     assert "No run ended ok" in text
@@ -167,7 +167,7 @@ def test_one_run_is_reported_without_a_comparison(tmp_path):
     plan["experiments"] = [plan["experiments"][1] | {"runs": [run], "vary": [], "base_runs": []}]
     plan["runs"] = {run: plan["runs"][run]}
     fake.plan_path.write_text(json.dumps(plan))
-    page.build_report(fake.plan_path, fake.results_dir, tmp_path / "report.html")
+    fake.build(tmp_path / "report.html")
     assert "Only lora was measured" in (tmp_path / "report.html").read_text()
 
 

@@ -9,7 +9,6 @@ import pytest
 from tests.unit.report import fake_results
 from tunemap.collect import collect
 from tunemap.report.formats import records
-from tunemap.report.page import build_report
 from tunemap.report.published_figures import FIGURES
 from tunemap.report.published_numbers import FILE, MEASURES, _compared, compare_published, read_numbers
 from tunemap.report.published_tables import page_tables
@@ -46,7 +45,7 @@ def test_each_number_is_compared_or_refused_with_a_reason(study):
 
 def test_tables_and_figures_of_the_publication_are_in_the_page(study):
     name, fake = study
-    build_report(fake.plan_path, fake.results_dir, fake.results_dir / "report.html")
+    fake.build(fake.results_dir / "report.html")
     tables = page_tables(records(collect(fake.plan_path, fake.results_dir).published_tables))
     page = (fake.results_dir / "report.html").read_text()
     assert tables

@@ -230,6 +230,29 @@ class PartsTimer:
         self._now_ns = now_ns
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A moment that two processes can compare, also when somebody sets the clock in between."""
+
+    boot: str  # of this machine, random; empty where the system does not tell
+    since_boot_s: float  # a clock that nobody sets, of one machine
+    unix_s: float  # between machines there is no other
+
+    @classmethod
+    def now(cls, *, ago_s: float = 0.0) -> Moment:
+        """This moment, or that of `ago_s` seconds ago."""
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        clock = getattr(time, "CLOCK_BOOTTIME", None)
+        since_boot_s = time.monotonic() if clock is None else time.clock_gettime(clock)
+        return cls(boot.read_text().strip() if boot.exists() else "", since_boot_s - ago_s, time.time() - ago_s)
+
+    def seconds_until(self, later: Moment) -> float:
+        """Seconds from this moment to a later one; negative where it was earlier."""
+        if self.boot and self.boot == later.boot:
+            return later.since_boot_s - self.since_boot_s
+        return later.unix_s - self.unix_s
+
+
 def process_age_s() -> float:
     """Wall seconds since this process started, to about 10 ms (the kernel's tick).
 

@@ -26,6 +26,7 @@ from tunemap.errors import UserError
 from tunemap.files import read_json, write_atomic, write_json, write_sealed
 from tunemap.gates import GateResult, reason, tripped
 from tunemap.gates.measurement import mfu_bounds_gate, throughput_gate, wall_gate
+from tunemap.measure.clock import Moment
 from tunemap.measure.flops import utilisation
 from tunemap.run import Run
 from tunemap.training import finished, parent, steps
@@ -160,7 +161,7 @@ class Ended:
 
     failure: Failure | None
     wall_s: float = 0.0
-    started_at: float = 0.0  # of the first process, Unix time
+    started: Moment | None = None  # the first process
 
 
 RESULT = "result.json"
@@ -176,7 +177,7 @@ def _train(run: Run, paths: Paths, devices: Devices, attempts_left: int = 0) -> 
     run_file = paths.work / "run.json"
     write_json(run_file, run.training_spec())
     limit = run.factors.time_limit_minutes
-    started, started_at, kills = time.monotonic(), time.time(), oom_kills()
+    started, started_at, kills = time.monotonic(), Moment.now(), oom_kills()
     process = subprocess.Popen(
         _command(run, paths, run_file, devices.kind),
         env=worker_environment(run, devices) | {parent.VARIABLE: "1"},
@@ -425,7 +426,7 @@ def _finite(value: Any) -> Any:
 def _identities(result: dict[str, Any], measurements: dict[str, Any], ended: Ended) -> Iterator[GateResult]:
     """The gates that need what is known only here: the times of all ranks, and the wall seen from outside."""
     yield throughput_gate(measurements)
-    start_s = max(0.0, result["started_at"] - ended.started_at)
+    start_s = max(0.0, ended.started.seconds_until(Moment(**result["started"]))) if ended.started else 0.0
     yield wall_gate(sum(result["parts_s"].values()), start_s, ended.wall_s)
     for name in ("mfu_measured", "hfu_measured"):
         if measurements[name] is not None:

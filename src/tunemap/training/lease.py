@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -61,7 +62,7 @@ def is_held(lease: Lease, jobs: Callable[[], list[QueuedJob] | None] = queue) ->
         known = jobs()
         if known is not None:
             return any(job.id == lease.slurm_job_id and not job.is_waiting for job in known)
-    return lease.silent_s() < STALE_SECONDS
+    return abs(lease.silent_s()) < STALE_SECONDS  # a heartbeat of the future is of a clock that was wrong
 
 
 def how_to_go_on(lease: Lease) -> str:
@@ -80,6 +81,8 @@ def how_to_go_on(lease: Lease) -> str:
 @contextmanager
 def hold(work: Path, run: str) -> Iterator[None]:
     """Be the one who trains `run` for the body; its heartbeat is renewed by a thread.
+
+    A holder that only the clock calls dead is watched for a while first: clocks differ between hosts, and jump.
 
     Raises UserError if somebody else is training it.
     """
@@ -111,11 +114,21 @@ def _acquire(work: Path, mine: Lease) -> None:
                 os.link(own, path)
                 return
             other = read_lease(work)
-            if other is not None and is_held(other):
+            if other is not None and (is_held(other) or _shows_life(work, other)):
                 raise UserError(how_to_go_on(other))
             _set_aside(path, other)
     finally:
         own.unlink(missing_ok=True)
+
+
+def _shows_life(work: Path, other: Lease) -> bool:
+    """Whether a holder that nobody can be asked about renews its lease in the time in which it should twice."""
+    if other.host == socket.gethostname() or (other.slurm_job_id is not None and queue() is not None):
+        return False
+    deadline = time.monotonic() + 2 * RENEW_SECONDS
+    while (found := read_lease(work)) == other and time.monotonic() < deadline:
+        time.sleep(min(1.0, RENEW_SECONDS))
+    return found is not None and found != other
 
 
 def _set_aside(path: Path, judged: Lease | None) -> None:

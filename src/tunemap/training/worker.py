@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tunemap.files import read_json, sha256_of, write_json
 from tunemap.flaws import let_through
 from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, tripped
-from tunemap.measure.clock import PartsTimer, process_age_s
+from tunemap.measure.clock import Moment, PartsTimer, process_age_s
 from tunemap.run import Run
 from tunemap.startup import collection_paused
 from tunemap.training.failure import InvalidRunError, describe, write_failure
@@ -132,7 +132,7 @@ def _parse(arguments: list[str]) -> Job:
 
 def _train(job: Job, progress: Progress) -> None:
     run, factors = job.run, job.run.factors
-    started_at = time.time() - process_age_s()
+    started = Moment.now(ago_s=process_age_s())
     parts = PartsTimer(since_process_start=True)
     with progress.during("load"), parts.part("load"):
         with collection_paused():
@@ -186,7 +186,7 @@ def _train(job: Job, progress: Progress) -> None:
         seconds = parts.seconds()
         gates = progress.gates + observer.gates(ranks, label_tokens=tokens.train.label_tokens, parts_s=seconds)
         result = {
-            "started_at": started_at,
+            "started": asdict(started),
             "memory": [rank["memory"] for rank in ranks],
             "parameters": asdict(assembled.parameters),
             "facts": assembled.facts | observer.facts(),

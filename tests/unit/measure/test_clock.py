@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunemap.measure import clock as clock_module
-from tunemap.measure.clock import PARTS, PHASES, PartsTimer, StepClock, process_age_s, summarise
+from tunemap.measure.clock import PARTS, PHASES, Moment, PartsTimer, StepClock, process_age_s, summarise
 
 
 class ManualTime:
@@ -272,3 +273,13 @@ def test_an_empty_sample_has_no_summary():
 def test_importing_the_clock_does_not_import_torch(repository):
     done = python("import sys, tunemap.measure.clock; print('torch' in sys.modules)", repository)
     assert done.stdout.strip() == "False"
+
+
+def test_a_clock_that_is_set_changes_no_interval_on_one_machine(monkeypatch):
+    before, jumped = Moment.now(ago_s=1.0), time.time() + 86_400.0
+    monkeypatch.setattr(time, "time", lambda: jumped)
+    after = Moment.now()
+    assert before.seconds_until(after) == pytest.approx(1.0, abs=0.5)
+    assert after.seconds_until(before) == pytest.approx(-1.0, abs=0.5)
+    elsewhere = replace(after, boot="another machine")
+    assert before.seconds_until(elsewhere) == pytest.approx(86_401.0, abs=0.5)

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -93,6 +94,22 @@ def test_a_job_that_was_put_into_the_queue_again_takes_its_own_lease(monkeypatch
 def test_where_nobody_can_be_asked_the_heartbeat_decides(job):
     assert is_held(_lease(slurm_job_id=job, heartbeat=_now(60)), lambda: None)
     assert not is_held(_lease(slurm_job_id=job, heartbeat=_now(600)), lambda: None)
+    assert not is_held(_lease(slurm_job_id=job, heartbeat=_now(-600)), lambda: None)  # its clock was ahead
+
+
+@pytest.mark.parametrize("seconds_ago", [9000, -9000], ids=["its clock is behind", "its clock is ahead"])
+def test_a_holder_on_a_host_with_another_time_is_watched_before_it_is_called_dead(tmp_path, monkeypatch, seconds_ago):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.2)
+    living = _lease(heartbeat=_now(seconds_ago))
+    _write(tmp_path, living)
+    renewed = replace(living, heartbeat=_now(seconds_ago - 30))
+    threading.Timer(0.1, _write, (tmp_path, renewed)).start()
+    with pytest.raises(UserError, match="run r is being trained by process 7 on elsewhere"):  # noqa: SIM117
+        with hold(tmp_path, "r"):
+            pass
+    assert read_lease(tmp_path) == renewed
+    with hold(tmp_path, "r"):  # silent for twice as long as it may be
+        assert read_lease(tmp_path).pid == os.getpid()
 
 
 def test_the_message_names_the_command_for_each_kind_of_holder():
@@ -129,7 +146,7 @@ def test_a_new_lease_is_not_removed_in_place_of_the_abandoned_one(tmp_path):
 
 def test_of_many_launchers_one_holds_the_lease(tmp_path):
     """Processes that race for one abandoned lease: at no time do two of them hold it."""
-    _write(tmp_path, _lease(heartbeat=_now(9000)))
+    _write(tmp_path, replace(_living(), pid_started=1))
     program = (
         "import sys, time; from pathlib import Path; from tunemap.training.lease import hold\n"
         "from tunemap.errors import UserError\n"

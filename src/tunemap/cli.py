@@ -45,6 +45,8 @@ COMMANDS = (
             "add_methods_arguments", "run_methods"),
     Command("figure", "draw one figure of a study again", "tunemap.report.command",
             "add_figure_arguments", "run_figure"),
+    Command("export-tracker", "runs for TensorBoard, Weights & Biases, MLflow or trackio", "tunemap.report.trackers",
+            "add_export_tracker_arguments", "run_export_tracker"),
     Command("data-stats", "lengths, truncation, padding and packing of a dataset", "tunemap.data.command",
             "add_data_stats_arguments", "run_data_stats"),
     Command("facts", "kernels, phases and communication of a profile", "tunemap.trace.command",

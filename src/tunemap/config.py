@@ -486,6 +486,11 @@ class Experiment(Section):
         "`nsys` Nsight Systems, `auto` nsys where it is installed and there is a GPU, else torch. Timings never come "
         "from there.",
     )
+    roofline: bool = Field(
+        False,
+        description="Repeat one step of the points on one GPU, first seed of each, once more under Nsight Compute: "
+        "bytes and FLOPs of every kernel. Needs a `profile`, `ncu` and the permission to read counters; takes minutes.",
+    )
     inference: bool = Field(
         False,
         description="Measure generation (or classification) of the first seed of each point besides: latency, tokens/s "

@@ -77,6 +77,11 @@ class FrozenPlan:
         """Runs whose inference is measured, each once however many experiments ask for it."""
         return list(dict.fromkeys(run for one in self.values["experiments"] for run in one["inferences"]))
 
+    @property
+    def rooflines(self) -> set[str]:
+        """Runs whose kernels are measured one by one."""
+        return {run for one in self.values["experiments"] for run in one["rooflines"]}
+
     def training_spec(self, run: str) -> str:
         """Canonical JSON of what training of a run depends on."""
         return canonical_json(self.runs[run].training_spec())

@@ -33,6 +33,7 @@ from tunemap.run import TASK_KINDS, Run
 
 MADE_TASKS = ("arithmetic", "sst2")  # tasks whose data can be made here
 SHARED_FOLDER = "shared"  # results/shared holds models, datasets and tokens
+NO_ROOFLINE = "roofline: needs a profile (auto, nsys or torch) and at least one point on one GPU"
 LONGEST_ID = 200  # file names end at 255 bytes; suffixes and temporary names need the rest
 
 
@@ -48,6 +49,7 @@ class PlannedExperiment:
     captures: tuple[str, ...]  # runs that are repeated under a profiler
     profile: str  # which one
     inferences: tuple[str, ...] = ()  # runs whose inference is measured
+    rooflines: tuple[str, ...] = ()  # captured runs whose kernels are measured one by one
     flaws: tuple[Flaw, ...] = ()  # known flaws that it repeats, all of them accepted
 
 
@@ -79,6 +81,7 @@ class Plan:
                     "captures": list(experiment.captures),
                     "profile": experiment.profile,
                     "inferences": list(experiment.inferences),
+                    "rooflines": list(experiment.rooflines),
                     "flaws": [{"flaw": flaw.id, "what": flaw.what} for flaw in experiment.flaws],
                 }
                 for experiment in self.experiments
@@ -126,6 +129,9 @@ def plan_study(study: Study) -> tuple[Plan, list[str]]:
             if runs.setdefault(run.id, run) != run:
                 problems.append(_same_id(experiment, run))
             provenance.setdefault(run.id, {"method": "added: the row without fine-tuning"})
+        rooflines = _rooflines(experiment, [run for run, _ in planned])
+        if experiment.roofline and not rooflines:
+            problems.append(f"experiment {experiment.name}: {NO_ROOFLINE}")
         experiments.append(
             PlannedExperiment(
                 name=experiment.name,
@@ -144,10 +150,19 @@ def plan_study(study: Study) -> tuple[Plan, list[str]]:
                     if experiment.inference
                     else ()
                 ),
+                rooflines=rooflines,
                 flaws=tuple(flaws),
             )
         )
     return Plan(study, tuple(experiments), runs, provenance), [*problems, *_needed_flaws(study, experiments)]
+
+
+def _rooflines(experiment: Experiment, runs: list[Run]) -> tuple[str, ...]:
+    """Runs whose kernels Nsight Compute measures: captured ones on one GPU, since it cannot replay what ranks share."""
+    if not experiment.roofline or experiment.profile == "none":
+        return ()
+    first = experiment.seeds[0]
+    return tuple(dict.fromkeys(run.id for run in runs if run.factors.seed == first and run.factors.gpus == 1))
 
 
 def _flaws(experiment: Experiment, runs: list[Run]) -> list[Flaw]:

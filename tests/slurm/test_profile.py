@@ -12,7 +12,8 @@ NODES = {"strategy": "ddp", "gpus": 8, "nodes": 2, "threads_per_process": 3}
 
 def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
     experiments = [
-        {"name": "one", "question": "?", "fixed": {"method": "full", "time_limit_minutes": 100.0}},
+        {"name": "one", "question": "?", "fixed": {"method": "full", "time_limit_minutes": 100.0}}
+        | {"profile": "auto", "roofline": True},
         {"name": "nodes", "question": "?", "fixed": {"method": "lora"} | NODES},
     ]
     study = STUDY | {"hardware": {"device": "cuda"}, "experiments": experiments}
@@ -30,6 +31,8 @@ def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
         found = re.search(r"^    resources: (.*)$", job, flags=re.MULTILINE)
         run = re.search(r"wildcards:.*?run=([^,\s]+)", job)
         asked[job.split(":")[0], run[1] if run else ""] = dict(part.split("=") for part in found[1].split(", "))
+    (kernels,) = [needed for (rule, _), needed in asked.items() if rule == "measure_kernels"]
+    assert (kernels["gpu"], kernels["nodes"]) == ("1", "1")
     single = asked["train", "small.arithmetic.full.time_limit_minutes-100.0.seed-0"]
     assert {key: single[key] for key in ("gpu", "nodes", "runtime", "slurm_partition")} == {
         "gpu": "1",

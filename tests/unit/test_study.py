@@ -133,6 +133,18 @@ def test_captures_are_the_first_seed_of_profiled_experiments():
     assert planned.experiments[1].captures == ()
 
 
+def test_rooflines_are_of_captured_points_on_one_gpu():
+    spread = {"fixed": {"method": "lora", "strategy": "ddp"}, "vary": {"gpus": [1, 2]}, "seeds": [5, 6]}
+    asked = spread | {"profile": "torch", "roofline": True}
+    planned = plan(asked, spread | {"profile": "torch"})
+    assert planned.experiments[0].rooflines == ("tiny.sums.lora.strategy-ddp.seed-5",)
+    assert planned.experiments[1].rooflines == ()
+    for wrong in (asked | {"profile": "none"}, asked | {"vary": {"gpus": [2]}}):
+        _, problems = plan_study(Study.model_validate(study(wrong)))
+        (problem,) = problems
+        assert "roofline: needs a profile (auto, nsys or torch) and at least one point on one GPU" in problem
+
+
 # --- exclude and only -------------------------------------------------------------------------------------
 
 GRID = {"vary": {"method": ["full", "lora", "qlora"], "method.rank": [2, 8], "gradient_checkpointing": [False, True]}}

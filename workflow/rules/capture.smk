@@ -33,15 +33,45 @@ rule capture:
         " --folder {output} >{log} 2>&1"
 
 
+# Opt-in: one process under Nsight Compute, which runs every kernel of a step several times over.
+rule measure_kernels:
+    input:
+        code=sources("capture_run"),
+        model=run_model,
+        tokens=run_tokens,
+        outcome="results/{study}/runs/{run}/outcome.json",
+    output:
+        directory("results/{study}/rooflines/{run}"),
+    log:
+        "logs/{study}/measure_kernels/{run}.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: run_threads
+    resources:
+        gpu=run_gpus,
+        mem_mb=run_mem_mb,
+        timed_run=1,
+    params:
+        spec=training_spec,
+        device=device,
+    shell:
+        "python {input.code[0]} --spec {params.spec:q} --device {params.device} --backend ncu"
+        " --model {input.model} --tokens {input.tokens} --outcome {input.outcome}"
+        " --folder {output} >{log} 2>&1"
+
+
 rule extract:
     input:
         code=sources("extract_facts"),
         capture="results/{study}/captures/{run}",
+        roofline=roofline_capture,
     output:
         directory("results/{study}/facts/{run}"),
     log:
         "logs/{study}/extract/{run}.log",
     conda:
         "../../envs/train.yaml"
+    params:
+        roofline=roofline_option,
     shell:
-        "python {input.code[0]} --capture {input.capture} --facts {output} >{log} 2>&1"
+        "python {input.code[0]} --capture {input.capture} {params.roofline} --facts {output} >{log} 2>&1"

@@ -283,6 +283,17 @@ def capture_backend(wildcards):
     return PLAN.captures[wildcards.run]
 
 
+def roofline_capture(wildcards):
+    """The capture of single kernels that belongs to a run's facts, where an experiment asks for it."""
+    if wildcards.run not in PLAN.rooflines:
+        return []
+    return f"results/{PLAN.study}/rooflines/{wildcards.run}"
+
+
+def roofline_option(wildcards, input):
+    return f"--roofline {input.roofline}" if input.roofline else ""
+
+
 def facts(wildcards):
     return [f"results/{PLAN.study}/facts/{run}" for run in PLAN.captures]
 

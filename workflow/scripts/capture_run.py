@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON of the run, as `tunemap plan --json` prints it")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
-    parser.add_argument("--backend", choices=["auto", "torch", "nsys"], default="auto", help="which profiler")
+    parser.add_argument("--backend", choices=["auto", "torch", "nsys", "ncu"], default="auto", help="which profiler")
     parser.add_argument("--model", type=Path, required=True, help="folder of the prepared model")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of the tokenised rows")
     parser.add_argument("--outcome", type=Path, required=True, help="outcome.json of the run")

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from tunemap.capture.ncu import KERNELS
 from tunemap.files import damaged, read_json
+from tunemap.hardware import hardware_of_device
+from tunemap.measure.datasheet import MATMUL_DTYPES
 from tunemap.trace.command import SUMMARY, read_traces, write_json, write_tables
 from tunemap.trace.facts import compute_facts
+from tunemap.trace.ncu import read_ncu
 from tunemap.trace.timeline import step_timeline
 
 
-def extract(capture: Path, folder: Path) -> None:
-    """Write the facts of a capture; of one that failed or was skipped, capture.json with its reason is all there is."""
+def extract(capture: Path, folder: Path, *, roofline: Path | None = None) -> None:
+    """Write the facts of a capture; of one that failed or was skipped, capture.json with its reason is all there is.
+
+    `roofline`, a capture of single kernels, becomes roofline.csv (`tunemap.trace.ncu`) and roofline.json, which says
+    how that capture ended and what the device can do at most.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     described = read_json(capture / "capture.json")
     write_json(folder / "capture.json", described)
+    if roofline is not None:
+        _extract_roofline(roofline, folder)
     if described["outcome"] != "ok":
         print(f"no facts: {described['reason']}", flush=True)
         return
@@ -30,3 +41,21 @@ def extract(capture: Path, folder: Path) -> None:
     facts = compute_facts(trace)
     write_tables(folder, facts.tables | {"timeline": step_timeline(trace)}, "csv")
     write_json(folder / SUMMARY, facts.summary)
+
+
+def _extract_roofline(roofline: Path, folder: Path) -> None:
+    described = read_json(roofline / "capture.json")
+    write_json(folder / "roofline.json", described | _roof(described))
+    if described["outcome"] == "ok":
+        write_tables(folder, {"roofline": read_ncu([roofline / KERNELS])}, "csv")
+    else:
+        print(f"no roofline: {described['reason']}", flush=True)
+
+
+def _roof(described: dict[str, Any]) -> dict[str, float | None]:
+    """What the GPU of a capture can do at most by its data sheet: bytes and matrix-product FLOPs per second."""
+    hardware = hardware_of_device(str(described.get("device_name")))
+    return {
+        "bandwidth_bytes_per_s": hardware.bandwidth_bytes_per_s if hardware else None,
+        "peak_flops_per_s": hardware.peak(MATMUL_DTYPES[described["precision"]]) if hardware else None,
+    }

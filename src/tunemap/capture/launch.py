@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunemap.capture import nsys
+from tunemap.capture import ncu, nsys
 from tunemap.files import read_json, write_json
 from tunemap.run import Run
 from tunemap.training import parent
@@ -19,13 +20,14 @@ from tunemap.training.launch import end_group, torchrun_command, worker_environm
 
 LIMIT_S = 1800.0
 RUN_FILE = "run.json"
+PROBES: dict[str, Callable[[], nsys.Nsys | ncu.Ncu]] = {"nsys": nsys.probe, "ncu": ncu.probe}  # run around a process
 
 
 def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path, device: str, backend: str) -> None:
     """Repeat the first steps of `run` under a profiler; `folder` gets the traces and capture.json.
 
-    `backend` is torch (torch.profiler), nsys (Nsight Systems), or auto: nsys where it is installed and the run is on
-    a GPU, else torch.
+    `backend` is torch (torch.profiler), nsys (Nsight Systems), auto: nsys where it is installed and the run is on a
+    GPU, else torch; or ncu (Nsight Compute), of runs on one GPU.
 
     A run that did not train is not captured, and a capture that fails says why: neither stops a study.
     """
@@ -48,6 +50,8 @@ def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path,
             result |= {"outcome": failure.outcome, "reason": failure.reason, "failure": asdict(failure)}
         else:
             result |= _against(trained["measurements"]["step_time_mean_s"], folder)
+            gpus = trained["environment"].get("gpus") or [{}]
+            result |= {"device_name": gpus[0].get("name"), "precision": run.factors.precision}
     write_json(folder / "capture.json", result)
     print(f"capture: {result['outcome']}" + (f": {result['reason']}" if result["reason"] else ""), flush=True)
 
@@ -61,10 +65,14 @@ def _run_workers(
     try:
         with lease_devices(device, run.factors.gpus // run.factors.nodes) as devices:
             used["backend"] = backend = chosen_backend(backend, devices.kind)
+            if backend == "ncu" and run.factors.gpus > 1:
+                raise ncu.NcuError(
+                    f"Nsight Compute replays the kernels of one process, and this run has {run.factors.gpus}"
+                )
             command = _command(run, model, tokens, folder, devices.kind, backend)
-            tool = nsys.probe() if backend == "nsys" else None
+            tool = PROBES[backend]() if backend in PROBES else None
             if tool is not None:
-                used |= {"nsys_version": tool.version, "nsys_options_dropped": list(tool.dropped)}
+                used |= tool.described
                 command = tool.around(command, folder)
             environment = worker_environment(run, devices) | {parent.VARIABLE: "1"}
             process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -76,7 +84,7 @@ def _run_workers(
                 end_group(process)
         failures = read_failures(folder)
         if tool is not None and not failures and _all_ranks_ended(folder, run.factors.gpus):
-            tool.export(folder)  # whatever the exit code of nsys says
+            tool.export(folder)  # whatever the exit code of the profiler says
             return None, used
     except Exception as error:
         return describe(error, rank=0, phase="capture", step=None), used
@@ -87,7 +95,9 @@ def _run_workers(
 
 
 def chosen_backend(asked: str, device: str) -> str:
-    """The profiler of a capture on `device`. Raises NsysError where nsys is asked for and has nothing to record."""
+    """The profiler of a capture on `device`. Raises the profiler's error where it would have nothing to record."""
+    if asked == "ncu" and device != "cuda":
+        raise ncu.NcuError("a roofline is of kernels of a GPU, and this run is on a CPU")
     if asked == "nsys" and device != "cuda":
         raise nsys.NsysError("profile is nsys, which records GPUs, and this run is on a CPU; use torch or auto")
     if asked == "auto":

@@ -59,6 +59,11 @@ class Nsys:
     export_options: tuple[str, ...]
     dropped: tuple[str, ...]
 
+    @property
+    def described(self) -> dict[str, object]:
+        """What capture.json says of it."""
+        return {"nsys_version": self.version, "nsys_options_dropped": list(self.dropped)}
+
     def around(self, command: Sequence[str], folder: Path) -> list[str]:
         """`command` under nsys: one for all processes of a node, and a report per node where srun starts several."""
         program = list(command).index(sys.executable)
@@ -145,10 +150,6 @@ def probe() -> Nsys:
 def _known(options: dict[str, str], help_text: str) -> dict[str, str]:
     """Those of `options` that a help names."""
     return {name: value for name, value in options.items() if re.search(rf"{name}\b(?!-)", help_text)}
-
-
-def _words(options: dict[str, str]) -> tuple[str, ...]:
-    return tuple(f"{name}={value}" for name, value in options.items())
 
 
 def _output(executable: str, *words: str) -> str:

@@ -3,7 +3,7 @@
     python -m tunemap.capture.worker --run-file run.json --model DIR --tokens DIR --folder DIR --device cpu
 
 Leaves capture.rankN.json in the folder: steps captured and their time under the profiler. With backend torch it leaves
-trace.rankN.json.gz beside it; with nsys the process runs under nsys, which writes the trace, and only says when.
+trace.rankN.json.gz beside it; with nsys or ncu the process runs under that program, which writes, and only says when.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a broken one must still 
     from tunemap.training.steps import StepRecord
 
 WARMUP_STEPS = 5  # before the window: allocator, autotuning and lazy initialisation are over
-CAPTURED_STEPS = 3
+CAPTURED_STEPS = {"torch": 3, "nsys": 3, "ncu": 1}  # ncu runs each kernel many times over
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
-    parser.add_argument("--backend", choices=["torch", "nsys"], required=True)
+    parser.add_argument("--backend", choices=["torch", "nsys", "ncu"], required=True)
     for name in ("run-file", "model", "tokens", "folder"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     arguments = parser.parse_args()
@@ -50,14 +50,14 @@ def main() -> None:
         os._exit(1)  # tearing down would wait for ranks that are stuck
     sys.stdout.flush()
     sys.stderr.flush()
-    if arguments.backend == "nsys":
-        return  # nsys writes when the interpreter ends
+    if arguments.backend != "torch":
+        return  # nsys and ncu write when the interpreter ends
     os._exit(0)  # everything is on disk; tearing the interpreter down would cost most of a second
 
 
-def shortened(run: Run) -> Run:
+def shortened(run: Run, backend: str) -> Run:
     """The same run, ended after the captured steps, with nothing read from the device before."""
-    steps = WARMUP_STEPS + CAPTURED_STEPS
+    steps = WARMUP_STEPS + CAPTURED_STEPS[backend]
     changes = {"max_steps": steps, "epochs": None, "logging_steps": steps, "warmup_steps": 0}
     return run.model_copy(update={"factors": run.factors.model_copy(update=changes)})
 
@@ -73,7 +73,7 @@ def _capture(arguments: argparse.Namespace) -> None:
         from tunemap.training.checkpoint import seed_everything
         from tunemap.training.loop import Loop
 
-    run = shortened(Run.from_json(arguments.run_file.read_text()))
+    run = shortened(Run.from_json(arguments.run_file.read_text()), arguments.backend)
     factors = run.factors
     torch.set_num_threads(factors.threads_per_process)
     world = join_world(arguments.device, strategy=factors.strategy, expected_size=factors.gpus)
@@ -94,7 +94,7 @@ def _capture(arguments: argparse.Namespace) -> None:
         window_ended=lambda state, loss: None,
     )
     trace = arguments.folder / f"trace.rank{world.rank}.json.gz"
-    window: Window = NsysWindow(world) if arguments.backend == "nsys" else TorchWindow(world, trace)
+    window: Window = TorchWindow(world, trace) if arguments.backend == "torch" else OutsideWindow(world)
     if arguments.backend == "nsys" and world.device.type == "cuda":
         loop.name_phase = torch.cuda.nvtx.range
     batches = feed(micro_batches(tokens, schedule, world, first_step=0, attention=factors.attention), world.device)
@@ -146,8 +146,8 @@ class TorchWindow:
         self._profiler.export_chrome_trace(str(self._trace))
 
 
-class NsysWindow:
-    """Says to the nsys around this process when to record: the first rank that says so starts, the first one stops."""
+class OutsideWindow:
+    """Says to the profiler around this process when to record: the first rank that says so starts, the first stops."""
 
     def __init__(self, world: World) -> None:
         self._world = world

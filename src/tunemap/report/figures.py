@@ -1,7 +1,7 @@
 """The figures of a study, drawn from its tables: the same tables give the same bytes.
 
     figures/EXPERIMENT-KIND   .svg, .pdf, .png: tradeoff accuracy throughput memory loss waterfall scaling step
-                              timeline ranks
+                              timeline roofline ranks
     figures/figures.json      title, caption and alternative text of each, for the report
 
 A method has one colour in all figures of a study. Runs that failed are marked where their number would stand.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tunemap.report.published_figures import FIGURES as PUBLISHED_FIGURES
 from tunemap.report.published_figures import published_figures
 from tunemap.report.published_tables import Source
 from tunemap.report.rank_map import draw_ranks
+from tunemap.report.roofline_figure import draw_roofline
 from tunemap.report.scaling_figure import draw_scaling
 from tunemap.report.scene import Scene, scenes
 from tunemap.report.step_figure import draw_step
@@ -71,39 +72,48 @@ def describe(results_dir: Path) -> list[dict[str, str]]:
     return [asdict(one) for one in _draw_all(plan, results_dir / "tables", results_dir / "facts", None, None)]
 
 
-def redraw(results_dir: Path, name: str, output_dir: Path) -> Drawing:
-    """Draw one figure of a study again, from its tables, into any folder.
+def redraw(results_dir: Path, name: str, output_dir: Path, runs: Sequence[str] = ()) -> Drawing:
+    """Draw one figure of a study again, from its tables, into any folder; with `runs`, only the points that hold them.
 
-    Raises UserError that names the study's figures where it has none of this name, or nothing to show in it.
+    Raises UserError that names the study's figures where it has none of this name, or nothing to show in it, and
+    where a run is none of the experiment's.
     """
     plan = read_json(results_dir / "plan.json")
     names = [f"{experiment['name']}-{kind}" for experiment in plan["experiments"] for kind in KINDS]
-    names += PUBLISHED_FIGURES.get(plan["report"].get("published"), ())
+    published = PUBLISHED_FIGURES.get(plan["report"].get("published"), ())
+    if runs and name in published:
+        raise UserError(f"figure {name} repeats a published one, whose points are given; leave --run out")
+    names += published
     if name not in names:
         meant = nearest(name, names)
         raise UserError(f"no figure '{name}'{f'; did you mean {meant}?' if meant else '.'} Known: {', '.join(names)}")
-    drawn = list(_draw_all(plan, results_dir / "tables", results_dir / "facts", output_dir, name))
+    drawn = list(_draw_all(plan, results_dir / "tables", results_dir / "facts", output_dir, name, runs))
     if not drawn:
         raise UserError(f"figure {name} has nothing to show: its values were not measured in {results_dir}")
     return drawn[0]
 
 
 def _draw_all(
-    plan: dict[str, Any], tables_dir: Path, facts_dir: Path, output_dir: Path | None, only: str | None
+    plan: dict[str, Any],
+    tables_dir: Path,
+    facts_dir: Path,
+    output_dir: Path | None,
+    only: str | None,
+    runs: Sequence[str] = (),
 ) -> Iterator[Drawing]:
     with matplotlib.style.context(STYLE):
         tables = read_tables(tables_dir)
         for scene in scenes(plan, tables, facts_dir):
             for kind, (draw, title) in KINDS.items():
                 name = f"{scene.name}-{kind}"
-                drawn = draw(scene) if only in (None, name) else None
+                drawn = draw(scene.only(runs) if runs else scene) if only in (None, name) else None
                 if drawn is None:
                     continue
                 figure, caption, alt = drawn
                 _save(figure, name, output_dir)
                 yield Drawing(name, scene.name, kind, title, caption, alt)
         study = plan["report"].get("published")
-        if study is None:
+        if study is None or runs:  # a published figure has no points to choose from
             return
         rows = (records(table) for table in (tables.points, tables.runs, tables.comparisons, tables.gates))
         source = Source(plan, *rows)
@@ -130,5 +140,6 @@ KINDS: dict[str, tuple[Callable[[Scene], tuple[Figure, str, str] | None], str]] 
     "scaling": (draw_scaling, "Scaling over devices"),
     "step": (draw_step, "Where a step goes"),
     "timeline": (draw_timeline, "One step over time"),
+    "roofline": (draw_roofline, "What limits the kernels"),
     "ranks": (lambda scene: draw_ranks(scene.ranks), "Ranks and importances by layer"),
 }

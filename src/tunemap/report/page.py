@@ -32,7 +32,7 @@ from tunemap.report.extras import (
     CALIBRATION,
     INFERENCE,
     PUBLISHED,
-    inference_cells,
+    inference_row,
     read_calibration,
     read_published,
     scaling_cells,
@@ -47,7 +47,8 @@ from tunemap.report.sections import section
 
 Row = dict[str, Any]
 PAGE_COLOURS = {INK: "currentColor", AXIS: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
-WHY = ("waterfall", "step", "timeline", "ranks")  # figures that explain; the others stand with their experiment
+# Figures that explain; the others stand with their experiment.
+WHY = ("waterfall", "step", "timeline", "roofline", "ranks")
 WINDOW_COLUMNS = ("Capture", "Window, ms", "Compute, %", "Exposed communication, %", "Exposed copies, %", "Idle, %")
 
 
@@ -108,11 +109,14 @@ def write_report(
                 for one in plan["experiments"]
                 if (found := [fig for fig in pictures if fig.experiment == one["name"] and fig.kind in WHY])
             ],
-            windows=windows(results_dir / "facts", drawn),
+            windows=windows(results_dir / "facts", plan, drawn),
             window_columns=WINDOW_COLUMNS,
             scaling=[scaling_cells(row) for row in records(tables.scaling)],
-            calibration=read_calibration([results_dir / CALIBRATION, results_dir.parent / CALIBRATION], plan["runs"]),
-            inference=[inference_cells(row) for row in records(tables.inference)],
+            calibration=read_calibration(
+                [results_dir / CALIBRATION, results_dir.parent / CALIBRATION],
+                {run["run"]: run["outcome"] for run in runs},
+            ),
+            inference=[inference_row(row) for row in records(tables.inference)],
             inference_columns=INFERENCE,
             published=read_published(results_dir / "tables" / PUBLISHED),
             published_tables=page_tables(records(tables.published_tables)),

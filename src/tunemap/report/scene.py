@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pandas as pd
 
 from tunemap.collect import Tables
+from tunemap.errors import UserError, nearest
 from tunemap.report.captures import Captured, read_captures
 from tunemap.report.formats import records
 from tunemap.report.points import Result, points_of
+from tunemap.report.rooflines import Roofline, read_rooflines
 
 INK, AXIS, GRID, PAPER = "#1b1f24", "#7a828c", "#d5dae0", "#ffffff"  # as in the style file
 BASE_COLOUR = "#7f7f7f"
@@ -52,11 +55,30 @@ class Scene:
     ranks: pd.DataFrame = field(default_factory=pd.DataFrame)
     markers: dict[str, str] = field(default_factory=dict)
     baselines: dict[tuple[str, str], str] = field(default_factory=dict)  # label by model and dataset
+    rooflines: list[Roofline] = field(default_factory=list)
 
     @property
     def trained(self) -> list[Row]:
         """Points without the rows of the untouched model."""
         return [point for point in self.points if point["method_kind"] != "base"]
+
+    def only(self, runs: Sequence[str]) -> Scene:
+        """The points that hold some of these runs, with all their seeds; UserError for a run of no point here."""
+        labels = dict(zip(self.runs["run"], self.runs["point"], strict=True))
+        if unknown := [run for run in runs if run not in labels]:
+            meant = nearest(unknown[0], labels)
+            raise UserError(
+                f"--run {unknown[0]}: not in experiment {self.name}{f'; did you mean {meant}?' if meant else ''}"
+            )
+        chosen = {labels[run] for run in runs}
+        return replace(
+            self,
+            points=[point for point in self.points if point["point"] in chosen],
+            runs=self.runs[self.runs["point"].isin(chosen)],
+            losses=self.losses[self.losses["run"].map(labels).isin(chosen)],
+            captures=[capture for capture in self.captures if capture.point in chosen],
+            ranks=self.ranks[self.ranks["point"].isin(chosen)],
+        )
 
     def places(self) -> dict[tuple[str, str], list[Row]]:
         """Points by model and dataset."""
@@ -94,6 +116,7 @@ def scenes(plan: dict[str, Any], tables: Tables, facts_dir: Path) -> list[Scene]
                 chosen.assign(point=chosen["run"].map(labels)),
                 markers,
                 baselines.get(name, {}),
+                read_rooflines(facts_dir, {run: labels[run] for run in experiment.get("rooflines", [])}),
             )
         )
     return drawn

@@ -24,29 +24,15 @@ from typing import Any
 
 from tunemap.errors import UserError
 from tunemap.trace.categories import load_rules, short_name
+from tunemap.trace.counters import FLOPS_PER_INSTRUCTION, READ, TIME, WRITTEN, tensor_counters
 
 _SCALES = {
     "": 1, "byte": 1, "kbyte": 1e3, "mbyte": 1e6, "gbyte": 1e9, "tbyte": 1e12, "inst": 1,
     "ns": 1, "nsecond": 1, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6, "s": 1e9, "second": 1e9,
 }  # fmt: skip
-_FLOPS_PER_INSTRUCTION = {
-    "smsp__sass_thread_inst_executed_op_fadd_pred_on.sum": 1,
-    "smsp__sass_thread_inst_executed_op_fmul_pred_on.sum": 1,
-    "smsp__sass_thread_inst_executed_op_ffma_pred_on.sum": 2,
-    "smsp__sass_thread_inst_executed_op_hadd_pred_on.sum": 1,
-    "smsp__sass_thread_inst_executed_op_hmul_pred_on.sum": 1,
-    "smsp__sass_thread_inst_executed_op_hfma_pred_on.sum": 2,
-    "smsp__sass_thread_inst_executed_op_dadd_pred_on.sum": 1,
-    "smsp__sass_thread_inst_executed_op_dmul_pred_on.sum": 1,
-    "smsp__sass_thread_inst_executed_op_dfma_pred_on.sum": 2,
-}
-_TENSOR_PREFIX = "sm__ops_path_tensor_"
-_READ, _WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
-_TIMES = ("gpu__time_duration.sum", "Duration")
+_TIMES = (TIME, "Duration")
 _KERNEL = ("ID", "Kernel Name")
 _METRIC = ("Metric Name", "Metric Unit", "Metric Value")
-
-METRICS = (_TIMES[0], _READ, _WRITTEN, *_FLOPS_PER_INSTRUCTION)  # what ncu is asked for, besides tensor counters
 
 COLUMNS = (
     "report",
@@ -90,8 +76,8 @@ def read_ncu(paths: Iterable[Path]) -> dict[str, list[Any]]:
 
 def _point(metrics: dict[str, float]) -> dict[str, Any]:
     time_ns = next((metrics[name] for name in _TIMES if name in metrics), None)
-    moved = metrics[_READ] + metrics[_WRITTEN] if _READ in metrics and _WRITTEN in metrics else None
-    scalar = sum(value * _FLOPS_PER_INSTRUCTION.get(name, 0) for name, value in metrics.items())
+    moved = metrics[READ] + metrics[WRITTEN] if READ in metrics and WRITTEN in metrics else None
+    scalar = sum(value * FLOPS_PER_INSTRUCTION.get(name, 0) for name, value in metrics.items())
     tensor = sum(metrics[name] for name in tensor_counters(metrics))
     flops = scalar + tensor or None  # 0 means that the report counts other operations than this kernel's
     return {
@@ -102,20 +88,6 @@ def _point(metrics: dict[str, float]) -> dict[str, Any]:
         "flops_per_byte": flops / moved if flops and moved else None,
         "flops_per_s": flops / time_ns * 1e9 if flops and time_ns else None,
     }
-
-
-def tensor_counters(metrics: Iterable[str]) -> list[str]:
-    """Those of the metrics that count operations of tensor cores, each operation once.
-
-    A counter is the sum of those that its name begins (`…src_bf16_dst_fp32` of `…src_bf16_dst_fp32_sparsity_off`), and
-    the family `…op_…` counts what the others count by another key; it is used where there is nothing else.
-    """
-    names = {name for name in metrics if name.startswith(_TENSOR_PREFIX)}
-    stems = {name.partition(".")[0] for name in names}
-    by_operation = {stem for stem in stems if stem.startswith(f"{_TENSOR_PREFIX}op_")}
-    stems = stems - by_operation or by_operation
-    outer = {stem for stem in stems if not any(stem.startswith(f"{other}_") for other in stems)}
-    return sorted(name for name in names if name.partition(".")[0] in outer and name.endswith(".sum"))
 
 
 def _records(path: Path) -> Iterable[dict[str, str]]:

@@ -6,7 +6,8 @@ import pytest
 from test_real_traces import rows
 
 from tunemap.errors import UserError
-from tunemap.trace.ncu import read_ncu, tensor_counters
+from tunemap.trace.counters import tensor_counters
+from tunemap.trace.ncu import read_ncu
 
 HEADER = '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"\n'
 

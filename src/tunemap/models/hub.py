@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -19,16 +20,20 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from tunemap.config import HubModel
 from tunemap.errors import UserError
+from tunemap.files import sha256_of
 from tunemap.models import local
 from tunemap.models.loading import brief
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # config, weights and tokenizer
 SUBFOLDERS = ["*/*"]  # hold the same weights for other programs
 
+_SHA256 = re.compile("[0-9a-f]{64}")
+
 
 def download(model: HubModel, folder: Path, *, show_progress: bool) -> dict[str, Any]:
     """Fetch the model, or find it in the cache, and take it over like a local folder; returns the resolved commit."""
     snapshot = _snapshot(model, show_progress)
+    _check_blobs(model, snapshot)
     local.take(snapshot, folder)
     return {"commit": snapshot.name}
 
@@ -59,8 +64,25 @@ def _snapshot(model: HubModel, show_progress: bool) -> Path:
             f"with network run `hf download {model.id} --revision {model.revision}` with the same HF_HOME, or copy "
             "the model here and use `source: local` with its path"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"{model.id} (revision {model.revision}): the download failed: {brief(error)}") from error
+    except Exception as error:  # the library's HTTP client has errors of its own, and changes with its versions
+        raise UserError(
+            f"{model.id} (revision {model.revision}): the download failed ({type(error).__name__}: {brief(error)}); "
+            "run the workflow again: it goes on where the download ended"
+        ) from error
     finally:
         if not hidden and not show_progress:
             enable_progress_bars()
+
+
+def _check_blobs(model: HubModel, snapshot: Path) -> None:
+    """Refuse a file of the cache that is not what the hub has: the name of a large file's blob is its SHA-256.
+
+    The library compares sizes alone, and a cache is shared for years by everything on a machine.
+    """
+    for path in sorted(snapshot.iterdir()):
+        blob = path.resolve()
+        if _SHA256.fullmatch(blob.name) and sha256_of(blob) != blob.name:
+            raise UserError(
+                f"{model.id}: {path.name} in the cache is damaged: remove it with `rm {shlex.quote(str(blob))}` and "
+                "run the workflow again, which downloads it anew"
+            )

@@ -69,11 +69,11 @@ def hand_over(work: Path, key: dict[str, str], *, weights: Path, steps: Path, ou
         return None
     result: dict[str, Any] = read_json(folder / OUTCOME)
     _remove(weights)
-    shutil.copytree(folder / WEIGHTS, weights, copy_function=_link)
+    _link_folder(folder / WEIGHTS, weights)
     for name, destination in ((STEPS, steps), (OUTCOME, outcome)):  # the outcome last: it says that all is there
         destination.parent.mkdir(parents=True, exist_ok=True)
         destination.unlink(missing_ok=True)
-        _link(str(folder / name), str(destination))
+        _link(folder / name, destination)
     return result
 
 
@@ -102,14 +102,23 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(files)}
 
 
-def _link(source: str, destination: str) -> str:
+def _link_folder(source: Path, destination: Path) -> None:
+    """The same for a folder; `shutil.copytree` would hide what the disk says in a list of its own."""
+    destination.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            _link_folder(path, destination / path.name)
+        else:
+            _link(path, destination / path.name)
+
+
+def _link(source: Path, destination: Path) -> None:
     """A second name for the file; a copy where the file system or its border does not allow that."""
     try:
         os.link(source, destination)
     except OSError:
         shutil.copy2(source, destination)
     os.utime(destination)  # results are as new as the job that delivers them, or the workflow would think them stale
-    return destination
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,8 @@
 """Results of a finished run survive until the workflow has recorded them, and are never taken for another run's."""
 
+import errno
+import os
+
 import pytest
 
 from tunemap.files import write_json
@@ -85,3 +88,17 @@ def test_what_snakemake_puts_into_a_folder_is_not_part_of_it(tmp_path):
     before = finished.checksums(tmp_path)
     (tmp_path / ".snakemake_timestamp").touch()
     assert finished.checksums(tmp_path) == before
+
+
+def test_a_disk_that_refuses_the_hand_over_says_why_by_itself(kept, monkeypatch):
+    """`shutil` wraps it in an error without a number, of which nobody could make a message."""
+    work, places = kept
+
+    def refuse(*arguments, **_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments[1]))
+
+    monkeypatch.setattr(finished.os, "link", refuse)
+    monkeypatch.setattr(finished.shutil, "copy2", refuse)
+    with pytest.raises(OSError, match="Read-only file system") as caught:
+        finished.hand_over(work, KEY, **places)
+    assert caught.value.errno == errno.EROFS

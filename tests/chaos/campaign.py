@@ -87,7 +87,13 @@ class Campaign:
         stage = only or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         if stage == "one file":
             return interrupt_write(seed, rng, self.folder / f"file-{seed}")
-        kinds: list[Callable[[str, random.Random, Study], tuple[str, bool]]] = [self._kill, self._kill, self._disk]
+        kinds: list[Callable[[str, random.Random, Study], tuple[str, bool]]] = [
+            self._kill,
+            self._kill,
+            self._disk,
+            self._disk,
+        ]
+        kinds.append(self._clock)
         if stage in DAMAGEABLE:
             kinds.append(self._damage)
         if stage == "train_run":
@@ -143,6 +149,15 @@ class Campaign:
         self._again(stage, study)
         return f"disk {how} {fault.where}", ended.code != 0 or fault.where == "worker"
 
+    def _clock(self, stage: str, rng: random.Random, study: Study) -> tuple[str, bool]:
+        """A clock that is set, by minutes or years, forwards or backwards, while the stage runs: it does not matter."""
+        seconds = rng.choice([-1, 1]) * rng.choice([90, 3600, 86_400, 3 * 365 * 86_400])
+        fault = self._place(stage, f"clock {seconds}", rng)
+        ended = study.run(stage, fault)
+        if ended.code != 0:
+            raise LostError(f"clock set by {seconds} s: {ended.output[-300:]}")
+        return f"clock {fault.where}", True
+
     def _damage(self, stage: str, rng: random.Random, study: Study) -> tuple[str, bool]:
         """An input that is changed, cut, emptied or gone is refused by name and set aside; then it is made anew."""
         place = rng.choice(DAMAGEABLE[stage])
@@ -153,7 +168,8 @@ class Campaign:
         how = damage(file, rng)
         ended = study.run(stage)
         if stage == "make_tables":
-            text = (study.root / "results/small/tables/runs.csv").read_text()
+            tables = study.root / "results" / "small" / "tables"
+            text = "".join((tables / f"{name}.csv").read_text() for name in ("runs", "gates") if ended.code == 0)
             if ended.code != 0 or file.name not in text.replace('""', '"'):
                 raise LostError(f"{file.name} {how}, and the table does not say so: {ended.output[-200:]}")
         elif ended.code == 0:
@@ -243,6 +259,7 @@ DAMAGEABLE = {
 
 # What some stages read of it; damage to the rest is for others to find.
 READ = {
+    "evaluate_run": re.compile(r"^(?!steps\.csv$)"),
     "make_tables": re.compile(r"^(outcome|evaluation)\.json$|^steps\.csv$|^predictions\.jsonl$"),
     "extract_facts": re.compile(r"^capture\.json$|^trace\."),
 }

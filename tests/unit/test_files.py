@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tunemap.errors import UserError
-from tunemap.files import read_json, sha256_of, write_atomic, write_json
+from tunemap.files import SEAL, read_json, read_sealed, sha256_of, write_atomic, write_json, write_sealed
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -151,3 +151,27 @@ def test_json_is_one_value_per_line(tmp_path):
     write_json(tmp_path / "x.json", {"a": [1, 2]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1, 2]}
     assert (tmp_path / "x.json").read_text().count("\n") == 6
+
+
+def test_any_changed_bit_of_a_sealed_file_is_found_or_changes_nothing(tmp_path):
+    path, value = tmp_path / "x.json", {"outcome": "ok", "loss": 1.5e-07, "reason": None, "runs": ["ä", 3]}
+    write_sealed(path, value)
+    whole, passed = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            found = read_sealed(path)
+        except UserError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:
+            assert {key: inner for key, inner in found.items() if key != SEAL} == value
+            passed += 1
+    assert passed <= 8  # an E for an e, and the like
+
+
+def test_an_object_without_a_seal_is_read_as_it_is(tmp_path):
+    for value in ({}, {"a": 1}, {"digest": "0" * 64}):
+        write_json(tmp_path / "x.json", value)
+        assert read_sealed(tmp_path / "x.json") == value

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.capture.ncu import KERNELS
-from tunemap.files import damaged, read_json
+from tunemap.errors import UserError
+from tunemap.files import damaged, read_sealed
 from tunemap.hardware import hardware_of_device
 from tunemap.measure.datasheet import MATMUL_DTYPES
 from tunemap.trace.command import SUMMARY, read_traces, write_json, write_tables
@@ -27,7 +28,7 @@ def extract(capture: Path, folder: Path, *, roofline: Path | None = None) -> Non
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    described = read_json(capture / "capture.json")
+    described = _described(capture)
     write_json(folder / "capture.json", described)
     if roofline is not None:
         _extract_roofline(roofline, folder)
@@ -43,8 +44,16 @@ def extract(capture: Path, folder: Path, *, roofline: Path | None = None) -> Non
     write_json(folder / SUMMARY, facts.summary)
 
 
+def _described(capture: Path) -> dict[str, Any]:
+    """How a capture ended; one whose capture.json is not as it was written is set aside."""
+    try:
+        return read_sealed(capture / "capture.json")
+    except UserError as error:
+        raise damaged(capture, str(error).partition(";")[0]) from None
+
+
 def _extract_roofline(roofline: Path, folder: Path) -> None:
-    described = read_json(roofline / "capture.json")
+    described = _described(roofline)
     write_json(folder / "roofline.json", described | _roof(described))
     if described["outcome"] == "ok":
         write_tables(folder, {"roofline": read_ncu([roofline / KERNELS])}, "csv")

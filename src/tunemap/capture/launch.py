@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.capture import ncu, nsys
-from tunemap.files import read_json, write_json
+from tunemap.files import read_json, write_json, write_sealed
 from tunemap.run import Run
 from tunemap.training import parent
 from tunemap.training.devices import lease_devices
@@ -52,7 +52,7 @@ def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path,
             result |= _against(trained["measurements"]["step_time_mean_s"], folder)
             gpus = trained["environment"].get("gpus") or [{}]
             result |= {"device_name": gpus[0].get("name"), "precision": run.factors.precision}
-    write_json(folder / "capture.json", result)
+    write_sealed(folder / "capture.json", result)
     print(f"capture: {result['outcome']}" + (f": {result['reason']}" if result["reason"] else ""), flush=True)
 
 

@@ -33,8 +33,9 @@ OPTIONS = {
 }
 # Payloads of NVTX ranges are blobs: NCCL's hold the sizes of messages.
 EXPORT_OPTIONS = {"--type": "sqlite", "--force-overwrite": "true", "--lazy": "false", "--include-blobs": "true"}
-KEPT_TABLES = ("CUPTI_ACTIVITY_KIND_", "NVTX_", "TARGET_INFO_GPU", "TARGET_INFO_CUDA_DEVICE", "StringIds", "ENUM_",
-               "DIAGNOSTIC_EVENT", "CUDA_GRAPH", "META_DATA_EXPORT", "EXPORT_META_DATA")  # fmt: skip
+KEPT_TABLES = ("CUPTI_ACTIVITY_KIND_", "NVTX_", "TARGET_INFO_GPU", "TARGET_INFO_CUDA_DEVICE",
+               "TARGET_INFO_SESSION_START_TIME", "StringIds", "ENUM_", "DIAGNOSTIC_EVENT", "CUDA_GRAPH",
+               "META_DATA_EXPORT", "EXPORT_META_DATA")  # fmt: skip
 STRING_COLUMNS = ("demangledName", "shortName", "mangledName", "nameId", "textId")
 NEEDED = ("--capture-range", "--capture-range-end", "--type")
 REPORT_PREFIX = "nsys."

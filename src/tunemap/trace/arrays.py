@@ -186,6 +186,7 @@ class Trace:
     messages: Messages
     groups: tuple[Group, ...] = ()
     notes: tuple[str, ...] = ()
+    began_ns: int | None = None  # UTC of the file's time 0, nanoseconds since 1970; None where it does not say it
 
 
 def dense(ids: Array) -> tuple[Array, Array]:

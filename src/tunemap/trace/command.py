@@ -113,15 +113,16 @@ def read_traces(paths: list[Path]) -> Any:
     """Read files of either kind, told apart by content, into one `Trace`."""
     from tunemap.trace.arrays import merge_traces
     from tunemap.trace.categories import load_rules
+    from tunemap.trace.clocks import on_one_clock
 
     twice = [path for i, path in enumerate(paths) if path in paths[:i]]
     if twice:
         raise UserError(f"{twice[0]}: named twice")
-    keep = load_rules().keeps_range
-    traces = [_reader(trace_kind(path))(path, keep) for path in paths]
+    rules = load_rules()
+    traces = [_reader(trace_kind(path))(path, rules.keeps_range) for path in paths]
     for path, trace in zip(paths, traces, strict=True):
         _refuse_nonsense(path, trace)
-    return merge_traces(traces)
+    return merge_traces(on_one_clock(traces, rules))
 
 
 def _refuse_nonsense(path: Path, trace: Any) -> None:

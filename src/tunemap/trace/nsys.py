@@ -144,6 +144,7 @@ class _Export:
             ranges=ranges,
             messages=self._messages(kernels, calls),
             notes=tuple(self.notes),
+            began_ns=self._began(),
         )
 
     # -- tables ------------------------------------------------------------------------------------------------
@@ -406,6 +407,13 @@ class _Export:
         else:
             return {}
         return {int(ordinal): name for ordinal, name in rows if ordinal is not None and name}
+
+    def _began(self) -> int | None:
+        """When the capture's clock was zero, in UTC."""
+        if "utcEpochNs" not in self._columns("TARGET_INFO_SESSION_START_TIME"):
+            return None
+        row = self.connection.execute("SELECT utcEpochNs FROM TARGET_INFO_SESSION_START_TIME").fetchone()
+        return row[0] if row is not None and isinstance(row[0], int) else None
 
     def _diagnostics(self) -> None:
         """Say that nsys lost events, without repeating its text, which holds paths and commands."""

@@ -1,9 +1,11 @@
 """How long all facts of a trace take, and how much memory, as the trace grows.
 
-    python benchmarks/extraction.py                # 0.5, 1 and 5 million kernels
-    python benchmarks/extraction.py --full         # 20 million as well (2 GB of disk, several minutes to generate)
-    python benchmarks/extraction.py --trace FILE   # any trace of your own
-    python benchmarks/extraction.py --peers PYTHON # beside nsys-ai and HolisticTraceAnalysis
+    python benchmarks/extraction.py                       # 0.5, 1 and 5 million kernels
+    python benchmarks/extraction.py --full                # 20 million as well (2 GB of disk, minutes to generate), kept
+                                                          # in benchmarks/results/extraction-cpu.json
+    python benchmarks/extraction.py --full --peers PYTHON # and beside nsys-ai and HolisticTraceAnalysis, kept too
+    python benchmarks/extraction.py --trace FILE          # any trace of your own
+    python benchmarks/extraction.py --peers PYTHON        # the peers alone
 
 Each line is one fresh process that reads the file and computes every fact: wall time, processor time and the peak of
 its resident memory, imports included. The generated file has 4 processes that all call their GPU device 0, 2 API calls
@@ -22,9 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from tunemap.files import write_json
+from tunemap.measure.environment import environment
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+KEPT = REPOSITORY / "benchmarks" / "results" / "extraction-cpu.json"
 GENERATOR = REPOSITORY / "tests" / "unit" / "trace"
 MILLION = 1_000_000
 TARGET_KERNELS, TARGET_S, TARGET_MB = 5 * MILLION, 10, 1000
@@ -90,10 +97,11 @@ print("RESULT " + json.dumps([end - begin, peak_kb / 1024, compute, idle]))
 """
 
 
-def compare_peers(python: str, kernels: int) -> None:
-    """Print what each tool says about the same events, how fast, and how far from the truth."""
+def compare_peers(python: str, kernels: int) -> list[dict]:
+    """What each tool says about the same events, how fast, and how far from the truth; printed as it goes."""
     import trace_generator
 
+    rows = []
     print(f"{'tool':<26} {'input':<30} {'s':>7} {'peak MB':>8} {'compute ms':>12} {'idle ms':>10}   off by (ms)")
     for collide in (False, True):
         with tempfile.TemporaryDirectory() as name:
@@ -122,12 +130,17 @@ def compare_peers(python: str, kernels: int) -> None:
                 )  # fmt: skip
                 result = next((r for r in done.stdout.splitlines() if r.startswith("RESULT ")), None)
                 head = f"{tool:<26} {kind + ', ' + place:<30}"
+                row = {"tool": tool, "input": f"{kind}, {place}", "kernels": kernels}
                 if result is None:
-                    print(f"{head} failed: {done.stderr.strip().splitlines()[-1:]}")
+                    rows.append(row | {"failure": (done.stderr.strip().splitlines() or ["no message"])[-1]})
+                    print(f"{head} failed: {rows[-1]['failure']}")
                     continue
                 seconds, peak, compute, idle = json.loads(result.removeprefix("RESULT "))
                 off = f"compute {compute - truth[0]:+.3f}, idle {idle - truth[1]:+.3f}"
                 print(f"{head} {seconds:>7.2f} {peak:>8.0f} {compute:>12.3f} {idle:>10.3f}   {off}", flush=True)
+                said = {"total_s": seconds, "peak_mb": peak, "compute_ms": compute, "idle_ms": idle}
+                rows.append(row | said | {"true_compute_ms": truth[0], "true_idle_ms": truth[1]})
+    return rows
 
 
 def measure(paths: list[Path]) -> dict:
@@ -148,32 +161,11 @@ def line(result: dict, file_mb: float) -> str:
     return f"{counts} {times} {result['processor_s']:>10.2f} {result['peak_mb']:>8.0f}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", type=float, nargs="+", default=[0.5, 1, 5], metavar="MILLION")
-    parser.add_argument("--full", action="store_true", help="20 million kernels as well")
-    parser.add_argument("--trace", type=Path, nargs="+", help="measure these files instead of generated ones")
-    parser.add_argument("--peers", metavar="PYTHON", help="python of an environment with the peers; see above")
-    parser.add_argument("--peer-kernels", type=float, default=0.1, metavar="MILLION")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each size; the fastest counts")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    args = parser.parse_args()
-    sys.path.insert(0, str(GENERATOR))
-    if args.peers:
-        compare_peers(args.peers, round(args.peer_kernels * MILLION))
-        return 0
-    print(
-        f"{'kernels':>12} {'API calls':>11} {'copies':>9} {'file MB':>8} {'read s':>7} {'facts s':>8} {'total s':>8} "
-        f"{'CPU s':>10} {'peak MB':>8}"
-    )
-    if args.trace:
-        print(line(measure(args.trace), sum(p.stat().st_size for p in args.trace) / 1e6))
-        return 0
+def measure_sizes(sizes: list[int], repeat: int) -> Iterator[dict]:
+    """The fastest of `repeat` runs at each size, compared with the generator's truth; printed as it goes."""
     import trace_generator
 
-    results, missed = [], False
-    for size in [*args.kernels, *([20] if args.full else [])]:
-        kernels = round(size * MILLION)
+    for kernels in sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.sqlite"
             begin = time.perf_counter()
@@ -182,19 +174,57 @@ def main() -> int:
             truth = [rank.truth for rank in ranks]
             del ranks
             generated = time.perf_counter() - begin
-            best = min((measure([path]) for _ in range(args.repeat)), key=lambda r: r["total_s"])
+            best = min((measure([path]) for _ in range(repeat)), key=lambda r: r["total_s"])
             file_mb = path.stat().st_size / 1e6
         print(line(best, file_mb), f"  (generated in {generated:.0f} s)", flush=True)
         for device, expected in zip(best.pop("devices"), truth, strict=True):
             for name, value in expected.items():
                 found = device.get(name, device["launch"].get(name))
                 assert found == value, f"{name} of pid {device['pid']}: {found} instead of {value}"
-        results.append(best | {"file_mb": file_mb})
-        missed |= kernels == TARGET_KERNELS and (best["total_s"] > TARGET_S or best["peak_mb"] > TARGET_MB)
-    print(f"every figure equals the generator's truth; target at 5 million: {TARGET_S} s and {TARGET_MB} MB", end=" ")
-    print("(missed)" if missed else "(met)")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        yield {"asked_kernels": kernels, **best, "file_mb": file_mb}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", type=float, nargs="+", default=[0.5, 1, 5], metavar="MILLION")
+    parser.add_argument("--full", action="store_true", help=f"20 million kernels as well; results in {KEPT.name}")
+    parser.add_argument("--trace", type=Path, nargs="+", help="measure these files instead of generated ones")
+    parser.add_argument("--peers", metavar="PYTHON", help="python of an environment with the peers; see above")
+    parser.add_argument("--peer-kernels", type=float, default=0.1, metavar="MILLION")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each size; the fastest counts")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    sys.path.insert(0, str(GENERATOR))
+    kept: dict = {"environment": environment(REPOSITORY).as_dict(), "sizes": [], "peers": []}
+    file = args.json or (KEPT if args.full else None)
+
+    def keep() -> None:
+        if file is not None:
+            write_json(file, kept)
+
+    head = (
+        f"{'kernels':>12} {'API calls':>11} {'copies':>9} {'file MB':>8} {'read s':>7} {'facts s':>8} {'total s':>8} "
+    )
+    head += f"{'CPU s':>10} {'peak MB':>8}"
+    if args.trace:
+        print(head)
+        print(line(measure(args.trace), sum(p.stat().st_size for p in args.trace) / 1e6))
+        return 0
+    missed = False
+    if args.full or not args.peers:
+        print(head)
+        sizes = [round(size * MILLION) for size in [*args.kernels, *([20] if args.full else [])]]
+        for result in measure_sizes(sizes, args.repeat):
+            kept["sizes"].append(result)
+            keep()  # at once: the next size takes minutes
+            slow = result["total_s"] > TARGET_S or result["peak_mb"] > TARGET_MB
+            missed |= result["asked_kernels"] == TARGET_KERNELS and slow
+        said = f"every figure equals the generator's truth; target at 5 million: {TARGET_S} s and {TARGET_MB} MB"
+        measured = TARGET_KERNELS in sizes
+        print(said, f"({'missed' if missed else 'met'})" if measured else "(not measured)")
+    if args.peers:
+        kept["peers"] = compare_peers(args.peers, round(args.peer_kernels * MILLION))
+        keep()
     return int(missed)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/report.py                    # prints a table; minutes for 10,000 runs
     python benchmarks/report.py --runs 100 1000
+    python benchmarks/report.py --output benchmarks/results/report-cpu.json
 
 The studies are made up (tests/unit/report/fake_results.py): real file formats, invented numbers, experiments of 100
 runs each. Every size is measured in a process of its own, for its peak of memory. Figures belong to experiments and
@@ -92,6 +93,7 @@ def main() -> None:
     """Measure each size in a process of its own and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, nargs="+", default=[100, 1000, 10000], help="sizes of studies")
+    parser.add_argument("--output", type=Path, help="also write the results there, with the machine they are from")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--figures", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -101,11 +103,13 @@ def main() -> None:
     print(
         f"{'runs':>6} {'tables s':>9} {'page s':>7} {'page MB':>8} {'database s':>11} {'MB':>6} {'peak memory MB':>15}"
     )
+    sizes = []
     for runs in arguments.runs:
-        found = _in_process(runs)
+        sizes.append(found := _in_process(runs))
         print(
             f"{found['runs']:6.0f} {found['tables_s']:9.1f} {found['page_s']:7.1f} {found['page_bytes'] / 1e6:8.2f}"
-            f" {found['database_s']:11.1f} {found['database_bytes'] / 1e6:6.1f} {found['peak_bytes'] / 1e6:15.0f}"
+            f" {found['database_s']:11.1f} {found['database_bytes'] / 1e6:6.1f} {found['peak_bytes'] / 1e6:15.0f}",
+            flush=True,
         )
     found = _in_process(100, "--figures")
     verdict = "under" if found["page_bytes"] < PAGE_LIMIT_BYTES else "OVER"
@@ -113,6 +117,11 @@ def main() -> None:
         f"with figures, {found['runs']:.0f} runs: drawing {found['figures_s']:.1f} s, page"
         f" {found['page_bytes'] / 1e6:.2f} MB ({verdict} {PAGE_LIMIT_BYTES / 1e6:.0f} MB)"
     )
+    if arguments.output:
+        from tunemap.measure.environment import environment  # torch, which making reports does without
+
+        results = {"sizes": sizes, "with_figures": found, "environment": environment(REPOSITORY).as_dict()}
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _in_process(runs: int, *more: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from tests.unit.report import fake_results
 from tunemap import inference
 from tunemap.collect import collect
 from tunemap.config import FullMethod, LoraMethod
-from tunemap.report.extras import inference_cells
+from tunemap.report.extras import inference_row
 from tunemap.report.formats import records
 
 
@@ -82,5 +82,5 @@ def test_the_table_names_what_is_missing_and_what_was_skipped(tmp_path):
     (folder / f"{runs[1]}.json").write_text(json.dumps(skipped))
     rows = records(collect(fake.plan_path, fake.results_dir).inference)
     assert [row["run"] for row in rows] == runs
-    assert inference_cells(rows[0]) == [runs[0], "merged", "10.0", "10.0", "10.0", "1600.0", "1.0"]
-    assert [inference_cells(row)[2] for row in rows[1:]] == ["the training ended oom", "missing"]
+    assert inference_row(rows[0]).cells == (runs[0], "merged", "10.0", "10.0", "10.0", "1600.0", "1.0")
+    assert [inference_row(row).cells[2] for row in rows[1:]] == ["the training ended oom", "missing"]

@@ -16,6 +16,7 @@ def add_figure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--study", type=Path, default=DEFAULT_STUDY, metavar="results/STUDY", help=f"default: {DEFAULT_STUDY}"
     )
+    parser.add_argument("--run", action="append", metavar="RUN", help="only the point of this run; may be given again")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder to write to (default: this one)")
 
 
@@ -25,7 +26,7 @@ def run_figure(arguments: argparse.Namespace) -> int:
 
     if not (arguments.study / "plan.json").exists():
         raise UserError(f"{arguments.study}: no plan.json; give the folder of a study's results")
-    drawing = redraw(arguments.study, arguments.name, arguments.output)
+    drawing = redraw(arguments.study, arguments.name, arguments.output, arguments.run or ())
     for ending in FORMATS:
         print(arguments.output / f"{drawing.name}.{ending}")
     print(f"{drawing.title}. {drawing.caption}")

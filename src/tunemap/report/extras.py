@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pandas as pd
 from tunemap.errors import UserError
 from tunemap.files import read_json
 from tunemap.report.formats import records
-from tunemap.report.scene import Scene
+from tunemap.report.scene import Scene, outcome_word
 
 Row = dict[str, Any]
 CALIBRATION = "calibration.csv"  # of results/STUDY or, over all studies, of results
@@ -23,12 +23,30 @@ MOST_ROWS = 60
 
 
 @dataclass(frozen=True)
+class LinkedRow:
+    """Cells that lead to the card of a run."""
+
+    run: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Table:
     """A sentence and a table."""
 
     sentence: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A sentence over all studies, and a row per trained run of this one."""
+
+    sentence: str
+    rows: tuple[LinkedRow, ...]
+
+    columns = ("Run", "Predicted, MiB", "Measured, MiB", "Ratio")
 
 
 def scaling_cells(row: Row) -> list[str]:
@@ -56,23 +74,33 @@ def scaling_cells(row: Row) -> list[str]:
 PARTITION = ("compute_ns", "exposed_communication_ns", "exposed_copy_ns", "idle_ns")
 
 
-def windows(facts_dir: Path, scenes: Iterable[Scene]) -> list[list[str]]:
-    """One row per captured run and device: the exact partition of its window."""
-    rows = []
-    labels = {capture.run: capture.point for scene in scenes for capture in scene.captures}
-    for run, point in labels.items():
-        for device in read_json(facts_dir / run / "summary.json")["devices"]:
-            whole = device["window_ns"] or 1
-            name = f"{point}, device {device['device']}"
-            shares = [f"{100 * device[part] / whole:.1f}" for part in PARTITION]
-            rows.append([name, f"{whole / 1e6:,.1f}", *shares])
-    return rows
+def windows(facts_dir: Path, plan: Row, scenes: Iterable[Scene]) -> list[LinkedRow]:
+    """One row per captured run and device, the exact partition of its window; one with the reason where it failed."""
+    rows: dict[str, list[LinkedRow]] = {}
+    asked = {experiment["name"]: experiment.get("captures", []) for experiment in plan["experiments"]}
+    for scene in scenes:
+        points = dict(zip(scene.runs["run"], scene.runs["point"], strict=True))
+        for run in asked[scene.name]:
+            found = [LinkedRow(run, cells) for cells in _windows_of(facts_dir / run, points.get(run, run))]
+            rows.setdefault(run, found)
+    return [row for found in rows.values() for row in found]
 
 
-def read_calibration(paths: list[Path], runs: Iterable[str]) -> Table | None:
+def _windows_of(folder: Path, point: str) -> Iterator[tuple[str, ...]]:
+    if not (folder / "summary.json").is_file():
+        described = read_json(folder / "capture.json") if (folder / "capture.json").is_file() else {}
+        yield (point, described.get("reason") or "not captured", *("—" for _ in PARTITION))
+        return
+    for device in read_json(folder / "summary.json")["devices"]:
+        whole = device["window_ns"] or 1
+        shares = (f"{100 * device[part] / whole:.1f}" for part in PARTITION)
+        yield (f"{point}, device {device['device']}", f"{whole / 1e6:,.1f}", *shares)
+
+
+def read_calibration(paths: list[Path], runs: Mapping[str, str]) -> Calibration | None:
     """Predicted against measured peak memory, from the first of `paths` that exists; None where none does.
 
-    The sentence speaks of every run in the file, the table of the runs of this study.
+    The sentence speaks of every run in the file, the table of the runs of this study; `runs` says how each ended.
     """
     path = next((path for path in paths if path.is_file()), None)
     rows = _read(path, ("run", "predicted_peak_bytes", "measured_peak_bytes")) if path else []
@@ -85,37 +113,33 @@ def read_calibration(paths: list[Path], runs: Iterable[str]) -> Table | None:
         f"Predicted over measured peak memory in {len(ratios)} runs: median {statistics.median(ratios):.2f}, "
         f"from {min(ratios):.2f} to {max(ratios):.2f}; {near} within {CLOSE:.0%}."
     )
-    here = set(runs)
-    listed = tuple(
-        (
-            str(row["run"]),
-            f"{row['predicted_peak_bytes'] / 2**20:,.1f}",
-            f"{row['measured_peak_bytes'] / 2**20:,.1f}",
-            f"{row['predicted_peak_bytes'] / row['measured_peak_bytes']:.2f}",
-        )
-        for row in pairs
-        if row["run"] in here
-    )
+    listed = tuple(_calibration_row(row, runs[row["run"]]) for row in rows if row["run"] in runs)
     if len(listed) > MOST_ROWS:
         sentence += f" The first {MOST_ROWS} runs of this study:"
-    return Table(sentence, ("Run", "Predicted, MiB", "Measured, MiB", "Ratio"), listed[:MOST_ROWS])
+    return Calibration(sentence, listed[:MOST_ROWS])
+
+
+def _calibration_row(row: Row, outcome: str) -> LinkedRow:
+    predicted, measured = row["predicted_peak_bytes"], row["measured_peak_bytes"]
+    cells = (
+        f"{predicted / 2**20:,.1f}" if predicted else "not predicted",
+        f"{measured / 2**20:,.1f}" if measured else outcome_word(outcome) if outcome != "ok" else "not measured",
+        f"{predicted / measured:.2f}" if predicted and measured else "—",
+    )
+    return LinkedRow(row["run"], (row["run"], *cells))
 
 
 INFERENCE = ("Run", "Form", "Latency, ms", "Median, ms", "p95, ms", "Per second", "Peak memory, MiB")
 
 
-def inference_cells(row: Row) -> list[str]:
+def inference_row(row: Row) -> LinkedRow:
     """One row of the table of inference as text; a form without numbers says why."""
     if row["latency_mean_s"] is None:
-        return [row["run"], row["form"] or "—", row["reason"] or "not measured", "—", "—", "—", "—"]
-    latencies = [f"{1e3 * row[f'latency_{name}_s']:.1f}" for name in ("mean", "median", "p95")]
-    return [
-        row["run"],
-        row["form"],
-        *latencies,
-        f"{row['units_per_second']:.1f}",
-        f"{row['peak_allocated_bytes'] / 2**20:,.1f}",
-    ]
+        reason = row["reason"] or "not measured"
+        return LinkedRow(row["run"], (row["run"], row["form"] or "—", reason, "—", "—", "—", "—"))
+    latencies = (f"{1e3 * row[f'latency_{name}_s']:.1f}" for name in ("mean", "median", "p95"))
+    speed, peak = f"{row['units_per_second']:.1f}", f"{row['peak_allocated_bytes'] / 2**20:,.1f}"
+    return LinkedRow(row["run"], (row["run"], row["form"], *latencies, speed, peak))
 
 
 def read_published(path: Path) -> Table | None:

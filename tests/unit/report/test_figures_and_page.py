@@ -83,6 +83,17 @@ def test_one_figure_is_redrawn_to_the_same_bytes(study, tmp_path, capsys):
     assert "n = 2 seeds per point" in capsys.readouterr().out
 
 
+def test_a_figure_of_some_runs_has_their_points_and_no_others(study, tmp_path):
+    (study.results_dir / "plan.json").write_text(study.plan_path.read_text())
+    chosen = ["tiny.arithmetic.lora.seed-1", "tiny.arithmetic.qlora.seed-0"]
+    drawing = figures.redraw(study.results_dir, "methods-memory", tmp_path, chosen)
+    labels = [part.split(":")[0] for part in drawing.alt.removeprefix("Peak memory in MiB. ").split("; ")]
+    assert labels == ["lora", "qlora"]
+    assert "n = 2 seeds per point" in drawing.caption  # a point is its seeds
+    with pytest.raises(UserError, match=r"--run tiny.arithmetic.lora.seed-9: not in experiment methods; did you mean"):
+        figures.redraw(study.results_dir, "methods-memory", tmp_path, ["tiny.arithmetic.lora.seed-9"])
+
+
 def test_a_figure_that_does_not_exist_is_refused_with_the_names_of_those_that_do(study, tmp_path):
     with pytest.raises(
         UserError, match=r"no figure 'ranks-memroy'; did you mean ranks-memory\? Known: methods-tradeoff, "
@@ -91,7 +102,7 @@ def test_a_figure_that_does_not_exist_is_refused_with_the_names_of_those_that_do
     with pytest.raises(UserError, match="figure methods-step has nothing to show"):
         figures.redraw(study.results_dir, "methods-step", tmp_path)
     with pytest.raises(UserError, match=r"no plan.json; give the folder of a study's results"):
-        run_figure(argparse.Namespace(name="methods-memory", study=tmp_path, output=tmp_path))
+        run_figure(argparse.Namespace(name="methods-memory", study=tmp_path, output=tmp_path, run=None))
 
 
 def luminance(colour):

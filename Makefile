@@ -27,7 +27,7 @@ demo: install ## run the default study on this machine's CPU and write its repor
 test: install lint ## run every test
 	pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-slurm-campaign: install ## disturb runs on a real Slurm in every way (20 minutes), and print what a job costs
+slurm-campaign: install ## disturb runs on a real Slurm, run whole studies there (an hour), print what a job costs
 	pytest -m slow_slurm tests/slurm
 	python benchmarks/slurm_overhead.py
 

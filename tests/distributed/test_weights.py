@@ -34,3 +34,10 @@ def test_evaluation_is_the_same_for_every_strategy(trained, material, tmp_path):
         group = evaluations[first : first + len(layouts)]
         assert all(evaluation["outputs"] == group[0]["outputs"] for evaluation in group)
     assert json.dumps(evaluations[0]["outputs"]) != json.dumps(evaluations[len(layouts)]["outputs"])  # full, LoRA
+
+
+def test_an_adapter_names_its_modules_in_order(trained):
+    """Two runs of one seed save the same bytes, whatever order sets have in their processes."""
+    modules = json.loads((trained("lora").weights / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules)
+    assert len(modules) == 7

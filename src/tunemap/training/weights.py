@@ -6,17 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from tunemap.distributed.strategies import unwrap
 from tunemap.distributed.world import World
+from tunemap.files import read_json, write_json
 from tunemap.methods.peft_types import save_adapter
 from tunemap.models.loading import quiet
 from tunemap.run import Run
 
+ADAPTER_CONFIG = "adapter_config.json"  # peft's name
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
 
 
@@ -48,6 +50,7 @@ def _write(inner: nn.Module, state: dict[str, Any] | None, model_folder: Path, w
     partial.mkdir(parents=True)
     if isinstance(inner, PeftModel):
         save_adapter(inner, partial, get_peft_model_state_dict(inner, state_dict=state) if state else None)
+        _order_sets(partial / ADAPTER_CONFIG, inner.peft_config["default"])
     else:
         inner.save_pretrained(partial, state_dict=state)  # type: ignore[operator]
         for pattern in _TOKENIZER_FILES:
@@ -57,3 +60,10 @@ def _write(inner: nn.Module, state: dict[str, Any] | None, model_folder: Path, w
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     shutil.rmtree(weights_folder, ignore_errors=True)
     partial.rename(weights_folder)
+
+
+def _order_sets(file: Path, config: PeftConfig) -> None:
+    """Put names of modules in order: peft writes sets as they come, in another order in every process."""
+    values = read_json(file)
+    ordered = {key: sorted(values[key]) for key, value in vars(config).items() if isinstance(value, set)}
+    write_json(file, values | ordered)

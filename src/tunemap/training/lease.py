@@ -122,8 +122,13 @@ def _acquire(work: Path, mine: Lease) -> None:
 
 
 def _shows_life(work: Path, other: Lease) -> bool:
-    """Whether a holder that nobody can be asked about renews its lease in the time in which it should twice."""
-    if other.host == socket.gethostname() or (other.slurm_job_id is not None and queue() is not None):
+    """Whether a holder that nobody can be asked about renews its lease in the time in which it should twice.
+
+    The queue knows nothing of this very job's first start: a node that it lost sight of may still compute.
+    """
+    again = other.slurm_job_id is not None and other.slurm_job_id == os.environ.get("SLURM_JOB_ID")
+    asked = other.slurm_job_id is not None and not again and queue() is not None
+    if other.host == socket.gethostname() or asked:
         return False
     deadline = time.monotonic() + 2 * RENEW_SECONDS
     while (found := read_lease(work)) == other and time.monotonic() < deadline:

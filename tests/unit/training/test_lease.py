@@ -112,6 +112,21 @@ def test_a_holder_on_a_host_with_another_time_is_watched_before_it_is_called_dea
         assert read_lease(tmp_path).pid == os.getpid()
 
 
+def test_a_job_on_its_second_node_watches_the_first_which_may_still_compute(tmp_path, monkeypatch):
+    """A node that Slurm loses sight of is down to it, and its jobs start again elsewhere; its processes may live."""
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(leases, "queue", lambda: [])
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    first = _lease(slurm_job_id="12", heartbeat=_now(30))
+    _write(tmp_path, first)
+    threading.Timer(0.1, _write, (tmp_path, replace(first, heartbeat=_now()))).start()
+    with pytest.raises(UserError, match="run r is being trained by Slurm job 12 on elsewhere"):  # noqa: SIM117
+        with hold(tmp_path, "r"):
+            pass
+    with hold(tmp_path, "r"):  # silent now
+        assert read_lease(tmp_path).pid == os.getpid()
+
+
 def test_the_message_names_the_command_for_each_kind_of_holder():
     assert "scancel 12`" in leases.how_to_go_on(_lease(slurm_job_id="12"))
     assert "ssh elsewhere kill 7`" in leases.how_to_go_on(_lease())

@@ -115,7 +115,7 @@ def test_a_holder_on_a_host_with_another_time_is_watched_before_it_is_called_dea
 def test_a_job_on_its_second_node_watches_the_first_which_may_still_compute(tmp_path, monkeypatch):
     """A node that Slurm loses sight of is down to it, and its jobs start again elsewhere; its processes may live."""
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(leases, "queue", lambda: [])
+    monkeypatch.setattr(leases, "queue", list)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     first = _lease(slurm_job_id="12", heartbeat=_now(30))
     _write(tmp_path, first)

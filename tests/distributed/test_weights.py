@@ -40,4 +40,4 @@ def test_an_adapter_names_its_modules_in_order(trained):
     """Two runs of one seed save the same bytes, whatever order sets have in their processes."""
     modules = json.loads((trained("lora").weights / "adapter_config.json").read_text())["target_modules"]
     assert modules == sorted(modules)
-    assert len(modules) == 7
+    assert len(modules) == 14

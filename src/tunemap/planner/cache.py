@@ -28,7 +28,7 @@ from tunemap.run import Run, digest
 RESULTS = Path("results")
 PLANS = Path("shared") / "plans"  # below the folder of results
 CEILINGS = Path("shared") / "ceilings.json"
-VERSION = 2  # of the accounts: raise it when the same run is accounted for otherwise
+VERSION = 3  # of the accounts: raise it when the same run is accounted for otherwise
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 # Factors that neither memory nor work of a step depends on. max_length, batching and steps act through `Data`.
 INDIFFERENT = {

@@ -8,6 +8,7 @@ CUDA. What differs from training, and why:
   the contents of real ones.
 - 4-bit layers are bitsandbytes' own, with packed weights that were never quantised.
 - DDP's reducer reads contents in C++: `Buckets` stands for it, the rest of the step is the same.
+- On a GPU dropout is CUDA's operator, which keeps smaller masks.
 - FSDP is FSDP itself, among ranks that a `fake` process group pretends to have.
 """
 
@@ -25,7 +26,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from transformers import PreTrainedConfig, masking_utils
 
 from tunemap.config import AdapterMethod, PeftMethod
@@ -42,25 +42,23 @@ NESTED_BLOCK = 256
 STARTS_FROM_DATA = ("EVA", "LORA_GA", "CORDA", "LOFTQ", "PISSA", "OLORA")  # LoRA but for the first values
 
 
-class _Scalars(TorchDispatchMode):
+class _WithoutContents(FakeTensorMode):
     """Answers what number a tensor holds: 1, and "no" to a question; both leave a step on its usual way.
 
     Optimizers ask for the norm of a weight, say. That no gradient is infinite is for `memory` to see to.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
-            return NotImplemented
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
 @contextmanager
 def fake_mode() -> Iterator[None]:
     """The mode in which steps are run; real tensors may enter, such as tables that a library keeps."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
+    with _WithoutContents(allow_non_fake_inputs=True):
         yield
 
 
@@ -146,6 +144,22 @@ def materialise(model: nn.Module) -> None:
                 setattr(module, name, made[id(value)])
 
 
+class _Never:
+    """A share of steps in which a layer is left out, of which every random number is found to be larger."""
+
+    def __lt__(self, number: torch.Tensor) -> bool:
+        return True
+
+
+def keep_adapters(model: nn.Module) -> None:
+    """Let LoHa and LoKr layers, which draw whether they take part in a step, take part: the draw has no contents."""
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        shares = getattr(module, "module_dropout", None)
+        if isinstance(shares, dict):
+            module.module_dropout = dict.fromkeys(shares, _Never())
+
+
 @contextmanager
 def packed_weights_gathered() -> Iterator[None]:
     """Let 4-bit layers find their scales after FSDP has gathered their weights, which bitsandbytes does by a cast."""
@@ -222,6 +236,20 @@ def as_in_training(shape: BatchShape) -> Iterator[None]:
         "_ignore_bidirectional_mask_sdpa": unmasked,
     }
     with mock.patch.multiple(masking_utils, **answers):
+        yield
+
+
+@contextmanager
+def kernels_of(on_gpu: bool) -> Iterator[None]:
+    """Drop out by the operator of the device: CUDA's keeps a mask of bytes, the CPU's one in the dtype of its input."""
+    if not on_gpu:
+        yield
+        return
+
+    def dropout(values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return torch.native_dropout(values, p, training)[0] if training and p > 0 else values
+
+    with mock.patch.object(torch.nn.functional, "dropout", dropout):
         yield
 
 

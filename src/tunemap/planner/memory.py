@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig
@@ -35,6 +36,7 @@ from tunemap.planner.prediction import Account, BatchShape, Work
 from tunemap.planner.work import WorkCounter
 from tunemap.run import Run
 from tunemap.training.assemble import quantization_of, spread
+from tunemap.training.frugal import BackwardOptimizer
 from tunemap.training.loop import Loop, TrainingState
 from tunemap.training.optimizer import optimizer_of
 from tunemap.training.precision import DTYPES, PRECISIONS, Precision
@@ -79,8 +81,14 @@ def _account(
     block_bytes = CUDA_BLOCK_BYTES if on_gpu else 1
     notes: list[str] = []
     sharded = factors.strategy in ("fsdp", "hybrid")
-    with warnings.catch_warnings(), quiet(), fake.fake_ranks(factors.gpus, needed=sharded), fake.as_in_training(batch):
+    with warnings.catch_warnings(), quiet(), ExitStack() as stack:
         warnings.simplefilter("ignore")
+        for surroundings in (
+            fake.fake_ranks(factors.gpus, needed=sharded),
+            fake.as_in_training(batch),
+            fake.kernels_of(on_gpu),
+        ):
+            stack.enter_context(surroundings)
         estimation = _estimation_peak(run, config, batch, num_labels, block_bytes, on_gpu)
         with fake.fake_mode(), fake.packed_weights_gathered():
             model, ratio = _assembled(run, config, num_labels, notes)
@@ -141,6 +149,7 @@ def _assembled(run: Run, config: PreTrainedConfig, num_labels: int | None, notes
         if factors.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fake.materialise(adapted.model)
+    fake.keep_adapters(adapted.model)
     return adapted.model, adapted.learning_rate_ratio
 
 
@@ -174,6 +183,14 @@ class _Scaler(torch.amp.GradScaler):
         return optimizer.step(*args, **kwargs)
 
 
+def _make_optimizer_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Let an optimizer make what it keeps between steps, by one of its steps without a pass over the model."""
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @dataclass(frozen=True)
 class _Seen:
     tracker: SegmentedStorage
@@ -183,7 +200,11 @@ class _Seen:
 
 
 def _two_steps(run: Run, state: TrainingState, precision: Precision, batch: BatchShape, block_bytes: int) -> _Seen:
-    """Count the first step, and track the memory of the second: the first has no optimizer state yet."""
+    """Count a step and track its memory, once the optimizer has its state.
+
+    FSDP sets itself up in its first step, and an optimizer within the backward pass can only be run by one: there the
+    first step is counted, the second tracked.
+    """
     asked = run.factors.gradient_accumulation
     run_twice = min(asked, 2)  # the second micro-batch meets the gradients of the first, as all later ones do
     counter, communication = WorkCounter(), CommunicationCounter()
@@ -209,12 +230,18 @@ def _two_steps(run: Run, state: TrainingState, precision: Precision, batch: Batc
     units = transformer_blocks(unwrap(state.model))
     tracker = SegmentedStorage(state.model, state.optimizer, blocks=units, block_bytes=block_bytes)
     state.model.train()
-    for step, watch, tracked in ((0, (counter, communication), None), (1, (tracker,), tracker)):
+    primed = not dist.is_initialized() and not isinstance(state.optimizer, BackwardOptimizer)
+    if primed:
+        _make_optimizer_state(state.optimizer, parameters)
+        steps: list[tuple[tuple[Any, ...], SegmentedStorage | None]] = [((counter, tracker), tracker)]
+    else:
+        steps = [((counter, communication), None), ((tracker,), tracker)]
+    for step, (watch, tracked) in enumerate(steps):
         clock = StepClock("cpu")
         clock.begin(step)
         with ExitStack() as stack:
             for one in watch:
-                stack.enter_context(cast(Any, one))
+                stack.enter_context(one)
             loop.take_step(state, parameters, batches, clock, step, tracked)
         clock.end()
     extra = asked / run_twice

@@ -12,7 +12,8 @@ from tunemap.training.assemble import assemble
 from tunemap.training.batches import feed, micro_batches, schedule_of
 from tunemap.training.loop import Loop
 
-METHODS = {"full": {"kind": "full"}, "lora": {"kind": "lora"}, "qlora": {"kind": "qlora"}}
+METHODS = {"full": {"kind": "full"}, "lora": {"kind": "lora"}, "qlora": {"kind": "qlora"},
+           "loha": {"kind": "peft", "type": "LOHA"}}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,7 @@ def tracked(prepared, run) -> tuple[int, int]:
         ("full", {}),
         ("lora", {"gradient_checkpointing": True}),
         ("qlora", {}),
+        ("loha", {}),
         ("full", {"precision": "bf16", "optimizer": "adafactor"}),
         ("lora", {"precision": "bf16", "optimizer": "adamw_8bit"}),
     ],
@@ -93,3 +95,17 @@ def test_ddp_sends_its_gradients_and_keeps_buckets_of_them(prepared, make_run):
     gradients = 4 * single.trainable_parameters
     assert ddp.communication_bytes == gradients
     assert ddp.phase_peak_bytes["forward"] == single.phase_peak_bytes["forward"] + gradients
+
+
+def test_dropout_on_a_gpu_keeps_bytes_where_a_cpu_keeps_numbers(prepared, make_run):
+    config, batch = read_config(prepared.model), BatchShape(4, 16, False)
+    kept = {}
+    for on_gpu in (False, True):
+        without, with_dropout = (
+            memory.account(
+                make_run({"kind": "lora", "dropout": share}), config, batch, num_labels=None, on_gpu=on_gpu
+            ).phase_peak_bytes["forward"]
+            for share in (0.0, 0.1)
+        )
+        kept[on_gpu] = with_dropout - without
+    assert 0 < kept[True] < kept[False]

@@ -28,8 +28,8 @@ class Command:
 COMMANDS = (
     Command("plan", "list the runs of a study, and what each will need", "tunemap.inspect",
             "add_plan_arguments", "run_plan"),
-    Command("advise", "methods, strategies and batches that fit a model on given GPUs", "tunemap.planner.advisor",
-            "add_advise_arguments", "run_advise"),
+    Command("advise", "methods, strategies and batches that fit a model on given GPUs",
+            "tunemap.planner.advise_command", "add_advise_arguments", "run_advise"),
     Command("explain", "every factor of a run, and where its value came from", "tunemap.inspect",
             "add_explain_arguments", "run_explain"),
     Command("diff", "the factors in which two runs differ", "tunemap.inspect", "add_diff_arguments", "run_diff"),

@@ -1,44 +1,48 @@
 """Which method, strategy and batch for this model on these GPUs: what fits, how fast, what results say of accuracy.
 
-    tunemap advise --model Qwen/Qwen2.5-1.5B-Instruct --gpu rtx4090 --max-length 1024
-    tunemap advise --model models/llama --gpu h100 --gpus 8 --max-length 4096 --objective cost --study best.yaml
+    from tunemap.planner.advisor import advise
+    print(advise("Qwen/Qwen2.5-1.5B-Instruct", "rtx4090", max_length=1024).why)
 
 Memory comes from two accounts of each way to train, at one and at four rows: between and beyond them it is taken for a
 straight line in the rows, which it is for a step whose highest moment stays the same. The best three are accounted for
-again at the batch that is recommended.
+again at the batch that is recommended, and get a smaller one if they need more than the line said.
 """
 
 from __future__ import annotations
 
-import argparse
+import csv
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from tunemap.config import DatasetConfig, Factors, HubModel, LocalModel
 from tunemap.errors import UserError
 from tunemap.hardware import Hardware, load_hardware
 from tunemap.planner import cache, cost, device, time
+from tunemap.planner.calibration import CALIBRATION
 from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
 from tunemap.planner.plan import make_account
 from tunemap.planner.prediction import Account, Data, Work
-from tunemap.planner.table import Ticker, span
+from tunemap.planner.table import span
 from tunemap.run import Run
 
+Precision = Literal["bf16", "pure_bf16", "fp16"]
+Strategy = Literal["single", "ddp", "fsdp"]
 Objective = Literal["throughput", "memory", "cost", "accuracy"]
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "memory", "cost", "accuracy")
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "lora": {"kind": "lora", "rank": 16},
+    "gora": {"kind": "gora", "reference_rank": 16},
     "qlora": {"kind": "qlora", "rank": 16},
 }
-LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "gora": 2e-4, "qlora": 2e-4}
+LEAN: Precision = "pure_bf16"  # weights and optimizer states in half precision: how full fine-tuning fits small GPUs
 PROBED_ROWS = (1, 4)
 MOST_ROWS = 64
 RECOMMENDED = 3
@@ -58,21 +62,25 @@ class Option:
     checkpointing: bool
     strategy: str
     gpus: int
-    rows: int
-    longest: int
-    peak_bytes: int
-    tokens_per_second_low: float
-    tokens_per_second_high: float
-    cost_per_million_tokens: float | None
-    accuracy: float | None
-    accuracy_runs: int
+    rows: int = 0
+    longest: int = 0
+    peak_bytes: int = 0
+    tokens_per_second_low: float = 0.0
+    tokens_per_second_high: float = 0.0
+    cost_per_million_tokens: float | None = None
+    accuracy: float | None = None
+    accuracy_runs: int = 0
     reason: str = ""
 
     @property
     def name(self) -> str:
         """Method, then what differs from the plain one."""
-        parts = [self.method, *(["checkpointed"] if self.checkpointing else [])]
-        return "-".join([*parts, *([self.strategy] if self.strategy != "single" else [])])
+        extras = {
+            "bf16": self.precision == LEAN,
+            "checkpointed": self.checkpointing,
+            self.strategy: self.strategy != "single",
+        }
+        return "-".join([self.method, *(name for name, differs in extras.items() if differs)])
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,15 @@ class Advice:
     best: tuple[Option, ...]
     why: str
     study: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the best by name, best first."""
+        return {
+            "best": [one.name for one in self.best],
+            "why": self.why,
+            "options": [{"name": one.name} | asdict(one) for one in self.options],
+            "study": self.study,
+        }
 
 
 def advise(
@@ -98,39 +115,51 @@ def advise(
 ) -> Advice:
     """Compare the ways to train `model` (a folder, or a name on the hub) on `gpus` GPUs of one kind.
 
-    budget_bytes: memory per GPU that may be used; None: all that it has. Raises UserError for an unknown model or GPU,
-    and where nothing fits, with what would be needed.
+    budget_bytes: memory per GPU that may be used; None: all that it has. Full fine-tuning with weights and optimizer in
+    bfloat16 is only looked at where it does not fit otherwise. Raises UserError for an unknown model or GPU, a budget
+    above the GPU's memory, and where nothing fits, with what would be needed.
     """
     hardware = load_hardware(gpu)
     if hardware.kind != "gpu" or hardware.memory_bytes is None:
         raise UserError(f"--gpu {gpu}: no GPU with known memory; `ls resources/hardware` lists them")
     if objective == "cost" and hardware.price is None:
         raise UserError(f"--objective cost: {hardware.name} has no price; add one to resources/hardware")
-    limit = min(hardware.memory_bytes, budget_bytes or hardware.memory_bytes)
+    if budget_bytes is not None and budget_bytes > hardware.memory_bytes:
+        raise UserError(f"--budget-gb {budget_bytes / 1e9:g}: {hardware.name} has {hardware.memory_bytes / 1e9:.1f} GB")
+    limit = budget_bytes or hardware.memory_bytes
     target = replace(Target.gpu(hardware), memory_bytes=limit)
     known = collected_accuracy(results)
-    ways = list(_ways(model, hardware, gpus, max_length))
-    options = []
-    for done, run in enumerate(ways):
-        progress(done, len(ways))
-        options.append(_option(run, target, results, known))
-    progress(len(ways), len(ways))
-    fitting = sorted((one for one in options if one.rows), key=_order(objective))
+    ways = {_name(run): run for run in _ways(model, hardware, gpus, max_length)}
+    total = len(ways)
+    options: dict[str, Option] = {}
+    for name, run in ways.items():
+        if run.factors.precision == LEAN and any(one.rows for one in options.values() if one.method == "full"):
+            total -= 1  # nobody who has room for full precision wants less
+            continue
+        progress(len(options), total)
+        options[name] = _option(run, target, results, known)
+    progress(total, total)
+    fitting = sorted((one for one in options.values() if one.rows), key=_order(objective))
     if not fitting:
-        least = min(options, key=lambda one: one.peak_bytes)
+        least = min(options.values(), key=lambda one: one.peak_bytes)
         raise UserError(
             f"nothing fits: {least.name} with one row of {max_length} tokens needs {least.peak_bytes / 2**30:.1f} GiB "
             f"per GPU, {limit / 2**30:.1f} GiB are there; use more or larger GPUs, or a shorter --max-length"
         )
-    best = _distinct(fitting)
-    why = _why(best, objective, hardware, limit, known)
-    return Advice(tuple(options), best, why, study_text(model, best, hardware, max_length))
+    best = tuple(_confirmed(one, ways[one.name], target, results) for one in _distinct(fitting))
+    options |= {one.name: one for one in best}
+    best = tuple(sorted(best, key=_order(objective)))
+    why = _why(best, objective, limit, known, calibrated(results))
+    return Advice(tuple(options.values()), best, why, study_text(model, best, hardware, max_length))
 
 
 def _ways(model: str, hardware: Hardware, gpus: int, max_length: int) -> Iterator[Run]:
-    half: Literal["bf16", "fp16"] = "bf16" if hardware.peak("bfloat16") else "fp16"
-    strategies: tuple[Literal["single", "ddp", "fsdp"], ...] = ("single",) if gpus == 1 else ("ddp", "fsdp")
-    for method, values in METHODS.items():
+    half: Precision = "bf16" if hardware.peak("bfloat16") else "fp16"
+    strategies: tuple[Strategy, ...] = ("single",) if gpus == 1 else ("ddp", "fsdp")
+    precisions: list[tuple[str, Precision]] = [(method, half) for method in METHODS]
+    if half == "bf16":
+        precisions.insert(1, ("full", LEAN))
+    for method, precision in precisions:
         for strategy in strategies:
             for checkpointing in (False, True):
                 yield Run.model_validate(
@@ -141,10 +170,10 @@ def _ways(model: str, hardware: Hardware, gpus: int, max_length: int) -> Iterato
                         "dataset_name": "data",
                         "dataset": DATASET,
                         "method_name": method,
-                        "method": values,
+                        "method": METHODS[method],
                         "prompt_template": None,
                         "factors": Factors(
-                            precision=half,
+                            precision=precision,
                             strategy=strategy,
                             gpus=gpus,
                             gradient_checkpointing=checkpointing,
@@ -153,6 +182,22 @@ def _ways(model: str, hardware: Hardware, gpus: int, max_length: int) -> Iterato
                         ),
                     }
                 )
+
+
+def _name(run: Run) -> str:
+    return _empty_option(run).name
+
+
+def _empty_option(run: Run) -> Option:
+    """The way of a run, before anything is known of it."""
+    factors = run.factors
+    return Option(
+        method=run.method_name,
+        precision=factors.precision,
+        checkpointing=factors.gradient_checkpointing,
+        strategy=factors.strategy,
+        gpus=factors.gpus,
+    )
 
 
 def _source(model: str) -> HubModel | LocalModel:
@@ -181,40 +226,57 @@ def _account(run: Run, rows: int, target: Target, results: Path) -> tuple[Accoun
     return found, data
 
 
+def _needed(account: Account, target: Target, gpus: int) -> int:
+    return sum(device.device_bytes(account, target, devices=gpus).values())
+
+
 def _option(run: Run, target: Target, results: Path, known: dict[str, tuple[float, int]]) -> Option:
     """The largest batch of one way to train, and its speed there."""
     factors, limit = run.factors, round((target.memory_bytes or 0) * device.TIGHT_SHARE)
     probes = [_account(run, rows, target, results) for rows in PROBED_ROWS]
-    needs = [sum(device.device_bytes(account, target, devices=factors.gpus).values()) for account, _ in probes]
+    needs = [_needed(account, target, factors.gpus) for account, _ in probes]
     per_row = max(1.0, (needs[1] - needs[0]) / (PROBED_ROWS[1] - PROBED_ROWS[0]))
     fixed = needs[0] - per_row * PROBED_ROWS[0]
     rows = int((limit - fixed) // per_row) if needs[0] <= limit else 0
     # Powers of two: the next smaller one is what people choose, and it leaves room for what a prediction misses.
     rows = min(MOST_ROWS, 1 << (rows.bit_length() - 1)) if rows else 0
-    longest = int((limit - fixed) / per_row * factors.max_length) if rows else 0
     account, data = probes[1]
     at_rows = replace(account, work=_rows_of(account.work, max(rows, 1) / PROBED_ROWS[1]))
-    step = time.step_seconds(at_rows, data, target, threads=1, ceilings={}) or (0.0, 0.0)
-    slots = max(rows, 1) * factors.max_length * factors.gpus
-    speeds = [slots / seconds if seconds else 0.0 for seconds in step]
-    money = cost.costs(step, target.hardware, devices=factors.gpus)
     accuracy, runs = known.get(run.method.kind, (None, 0))
-    return Option(
-        method=run.method_name,
-        precision=factors.precision,
-        checkpointing=factors.gradient_checkpointing,
-        strategy=factors.strategy,
-        gpus=factors.gpus,
+    return replace(
+        _empty_option(run),
         rows=rows,
-        longest=longest,
+        longest=int((limit - fixed) / per_row * factors.max_length) if rows else 0,
         peak_bytes=round(fixed + per_row * max(rows, 1)),
-        tokens_per_second_low=speeds[1],
-        tokens_per_second_high=speeds[0],
-        cost_per_million_tokens=money.cost_high / slots * 1e6 if money.cost_high is not None else None,
         accuracy=accuracy,
         accuracy_runs=runs,
         reason="" if rows else f"one row needs {needs[0] / 2**30:.1f} GiB",
+        **_speeds(at_rows, data, target, max(rows, 1) * factors.max_length * factors.gpus, factors.gpus),
     )
+
+
+def _confirmed(option: Option, run: Run, target: Target, results: Path) -> Option:
+    """The option at its batch as that is accounted for, or at the largest smaller one that fits."""
+    rows = option.rows
+    while True:
+        account, data = _account(run, rows, target, results)
+        needed = _needed(account, target, option.gpus)
+        if needed <= (target.memory_bytes or 0) * device.TIGHT_SHARE or rows == 1:
+            slots = rows * run.factors.max_length * option.gpus
+            return replace(option, rows=rows, peak_bytes=needed, **_speeds(account, data, target, slots, option.gpus))
+        rows //= 2
+
+
+def _speeds(account: Account, data: Data, target: Target, slots: int, gpus: int) -> dict[str, Any]:
+    """Fields of an option whose step, of so many token slots, has this account."""
+    step = time.step_seconds(account, data, target, threads=1, ceilings={}) or (0.0, 0.0)
+    fastest, slowest = (slots / seconds if seconds else 0.0 for seconds in step)
+    money = cost.costs(step, target.hardware, devices=gpus)
+    return {
+        "tokens_per_second_low": slowest,
+        "tokens_per_second_high": fastest,
+        "cost_per_million_tokens": money.cost_high / slots * 1e6 if money.cost_high is not None else None,
+    }
 
 
 def _rows_of(work: Work, factor: float) -> Work:
@@ -247,36 +309,56 @@ def _distinct(fitting: Sequence[Option]) -> tuple[Option, ...]:
 
 
 def _why(
-    best: Sequence[Option], objective: Objective, hardware: Hardware, limit: int, known: dict[str, tuple[float, int]]
+    best: Sequence[Option], objective: Objective, limit: int, known: dict[str, tuple[float, int]], calibration: str
 ) -> str:
+    """Why the first is first, and how sure that is: two sentences."""
     first = best[0]
-    sentence = (
-        f"{first.name} is first by {objective}: {first.rows} rows fit in {first.peak_bytes / 2**30:.1f} of "
-        f"{limit / 2**30:.1f} GiB, at {_speed(first)} tokens/s"
+    reason = (
+        f"{first.name} is first by {objective}: {_rows(first.rows)} in {first.peak_bytes / 2**30:.1f} of "
+        f"{limit / 2**30:.1f} GiB, at {speed_words(first)} tokens/s"
     )
     if len(best) > 1:
-        sentence += f", against {_speed(best[1])} of {best[1].name}"
-    overlap = len(best) > 1 and best[1].tokens_per_second_high > first.tokens_per_second_low
-    sure = (
-        "Memory is computed from the step itself (context and allocator are estimates), speed is a roofline range"
-        f"{' whose ends overlap, so measure before you trust the order' if overlap else ''}; accuracy "
-        + (
-            f"is from {sum(runs for _, runs in known.values())} collected runs."
-            if known
-            else "is not known: no results are collected here."
-        )
+        reason += f", against {speed_words(best[1])} of {best[1].name}"
+    overlap = len(best) > 1 and max(one.tokens_per_second_low for one in best[:2]) < min(
+        one.tokens_per_second_high for one in best[:2]
     )
-    return f"{sentence}. {sure}"
+    accuracy = (
+        f"accuracy is from {sum(runs for _, runs in known.values())} collected runs"
+        if known
+        else "accuracy is not known, for no results are collected here"
+        + (", and the order of the methods is that of how many weights they train" if objective == "accuracy" else "")
+    )
+    return (
+        f"{reason}. Memory is computed from the training step itself ({calibration}); speed is a range between what "
+        f"the GPU reaches at best and on awkward shapes"
+        f"{', and the first two overlap: measure before you trust their order' if overlap else ''}; {accuracy}."
+    )
 
 
-def _speed(option: Option) -> str:
+def _rows(count: int) -> str:
+    return "1 row fits" if count == 1 else f"{count} rows fit"
+
+
+def speed_words(option: Option) -> str:
+    """Tokens per second as a range."""
     return span(option.tokens_per_second_low, option.tokens_per_second_high, lambda value: f"{value:,.0f}")
+
+
+def calibrated(results: Path) -> str:
+    """How predictions of memory did in the runs that were collected on GPUs, in words."""
+    path = results / CALIBRATION
+    errors = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["device"] != "cpu"]
+            errors = [abs(float(row["memory_error"])) for row in rows if row["memory_error"]]
+    if not errors:
+        return "no GPU run is collected here that would say how well"
+    return f"off by {statistics.median(errors):.1%} in the middle of {len(errors)} collected GPU runs"
 
 
 def collected_accuracy(results: Path) -> dict[str, tuple[float, int]]:
     """Method kind -> mean difference in percentage points to the best kind of each study, model and data; its runs."""
-    import csv
-
     groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for path in sorted(results.glob("*/tables/runs.csv")):
         with path.open(newline="", encoding="utf-8") as file:
@@ -298,7 +380,8 @@ def collected_accuracy(results: Path) -> dict[str, tuple[float, int]]:
 
 
 def study_text(model: str, best: Sequence[Option], hardware: Hardware, max_length: int) -> str:
-    """A study file that compares the options, on GSM8K until somebody names other data."""
+    """A study file that compares the options at one global batch, on GSM8K until somebody names other data."""
+    most = max(one.rows for one in best)
     methods = {
         one.name: METHODS[one.method]
         | {
@@ -307,6 +390,7 @@ def study_text(model: str, best: Sequence[Option], hardware: Hardware, max_lengt
                 "strategy": one.strategy,
                 "gpus": one.gpus,
                 "per_device_batch_size": one.rows,
+                "gradient_accumulation": most // one.rows,
                 "gradient_checkpointing": one.checkpointing,
                 "precision": one.precision,
             }
@@ -328,60 +412,7 @@ def study_text(model: str, best: Sequence[Option], hardware: Hardware, max_lengt
         ],
         "hardware": {"device": "cuda", "description": hardware.name},
     }
-    head = "# Written by `tunemap advise`; batches are the largest that fit: compare speeds, not losses per step.\n"
+    if len({one.checkpointing for one in best}) > 1:
+        values["accept_flaws"] = ["F39"]  # each option at its best is the question here, not what checkpointing costs
+    head = "# Written by `tunemap advise`; batches are the largest that fit, accumulated to the same rows per step.\n"
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-# --- the command ------------------------------------------------------------------------------------------
-
-
-def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `tunemap advise`."""
-    parser.add_argument("--model", required=True, help="folder with a config.json, or a name on the hub")
-    parser.add_argument("--gpu", required=True, help="name of a file in resources/hardware, such as rtx4090")
-    parser.add_argument("--gpus", type=int, default=1, help="how many of them (default: 1)")
-    parser.add_argument("--max-length", type=int, required=True, help="longest sequence in tokens")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="throughput", help="default: throughput")
-    parser.add_argument("--budget-gb", type=float, help="memory per GPU that may be used, in GB (default: all)")
-    parser.add_argument("--study", type=Path, help="write a study file of the best three here")
-    parser.add_argument("--results", type=Path, default=cache.RESULTS, help="folder of results (default: results)")
-
-
-def run_advise(arguments: argparse.Namespace) -> int:
-    """Print the options, the best and why."""
-    for name in ("gpus", "max_length", "budget_gb"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: allowed are numbers above 0")
-    advice = advise(
-        arguments.model,
-        arguments.gpu,
-        gpus=arguments.gpus,
-        max_length=arguments.max_length,
-        objective=arguments.objective,
-        budget_bytes=round(arguments.budget_gb * 1e9) if arguments.budget_gb else None,
-        results=arguments.results,
-        progress=Ticker("advising"),
-    )
-    console = Console(markup=False, highlight=False)
-    table = Table(title=f"Ways to train with {arguments.max_length} tokens on {arguments.gpus} × {arguments.gpu}")
-    for column in ("", "way", "rows", "longest", "memory", "tokens/s", "per million tokens", "accuracy"):
-        table.add_column(column, justify="left" if column in ("", "way") else "right")
-    places = {one.name: str(place) for place, one in enumerate(advice.best, 1)}
-    for one in sorted(advice.options, key=lambda one: (not one.rows, places.get(one.name, "9"))):
-        table.add_row(
-            places.get(one.name, ""),
-            one.name,
-            str(one.rows) if one.rows else "cannot",
-            f"{one.longest:,}" if one.rows else "",
-            f"{one.peak_bytes / 2**30:.1f} GiB",
-            _speed(one) if one.rows else one.reason,
-            f"{one.cost_per_million_tokens:.3f}" if one.cost_per_million_tokens is not None and one.rows else "",
-            f"{one.accuracy:+.1f} points ({one.accuracy_runs} runs)" if one.accuracy is not None else "",
-        )
-    console.print(table)
-    console.print(advice.why)
-    if arguments.study:
-        arguments.study.write_text(advice.study, encoding="utf-8")
-        console.print(f"study file of the best {len(advice.best)}: {arguments.study}")
-    return 0

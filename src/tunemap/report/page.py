@@ -249,6 +249,7 @@ def inline(svg: str, name: str, alt: str) -> Markup:
     body = PATH_DATA.sub(lambda found: LONG_NUMBER.sub(r"\1", found.group()).replace("\n", " "), body)
     body = re.sub(r">\s+<", "><", body)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    body = body.replace(f"fill: {PAPER}", "fill: none", 1)  # the ground, under which the page's own shows
     for colour, replacement in PAGE_COLOURS.items():
         body = body.replace(colour, replacement)
     head, rest = body.split(">", 1)

@@ -29,8 +29,8 @@ fake_results = importlib.util.module_from_spec(SPEC)
 sys.modules["fake_results"] = fake_results  # dataclasses look their module up
 SPEC.loader.exec_module(fake_results)
 
-# Scaling needs several devices, a step captures, ranks GoRA, which are not here.
-KINDS = [kind for kind in figures.KINDS if kind not in ("scaling", "step", "timeline", "ranks")]
+# Scaling needs several devices, step, timeline and roofline captures, ranks GoRA, which are not here.
+KINDS = [kind for kind in figures.KINDS if kind not in ("scaling", "step", "timeline", "roofline", "ranks")]
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +224,7 @@ def test_inlined_svg_is_well_formed_and_follows_the_pages_colours(html):
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         ElementTree.fromstring(svg)
         assert INK not in svg
+        assert "patch_1" not in svg or re.search(r'patch_1">.{0,200}fill: none', svg)  # no ground over the page's own
         references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
         assert references <= set(re.findall(r'\bid="([^"]+)"', svg))
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def helper(name):
 
 fake_results, browsers = helper("fake_results"), helper("browser")
 pytestmark = pytest.mark.skipif(browsers.chromium() is None, reason="no chromium, chromium-browser or google-chrome")
+CAPTURED, NOT_CAPTURED = "tiny.arithmetic.lora.seed-0", "tiny.arithmetic.qlora.seed-0"
 HOSTILE = "<b>x</b></script>"
 CONTRAST = """
 (() => {
@@ -56,13 +58,15 @@ CONTRAST = """
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A page with failures, two strategies, energy, and a reason that tries to break out."""
+    """A page with failures, two strategies, energy, a real capture, and a reason that tries to break out."""
     root = tmp_path_factory.mktemp("browser")
     fake = fake_results.write(root, seeds=2, examples=40)
     plan = fake.plan
     for run in plan["runs"].values():
         if run["method_name"] == "qlora":
             run["factors"]["strategy"] = "ddp"
+    plan["experiments"][0]["captures"] = [CAPTURED, NOT_CAPTURED]
+    shutil.copytree(HERE / "captured", fake.results_dir / "facts" / CAPTURED)
     fake.plan_path.write_text(json.dumps(plan))
     for run in plan["runs"]:
         document = json.loads(fake.outcome(run).read_text())
@@ -76,8 +80,9 @@ def report(tmp_path_factory):
     path = root / "report.html"
     write_tables(fake.plan_path, fake.results_dir)
     (fake.results_dir / "plan.json").write_text(fake.plan_path.read_text())
-    drawing = redraw(fake.results_dir, "methods-memory", fake.results_dir / "figures")  # one is enough for its look
-    (fake.results_dir / "figures" / "figures.json").write_text(json.dumps([vars(drawing)]))
+    figures = fake.results_dir / "figures"
+    drawn = [vars(redraw(fake.results_dir, f"methods-{kind}", figures)) for kind in ("memory", "timeline")]
+    (figures / "figures.json").write_text(json.dumps(drawn))
     page.write_report(fake.plan_path, fake.results_dir, path, logs_dir=root / "logs", study_file="config/config.yaml")
     return path
 
@@ -250,6 +255,34 @@ def test_failures_stand_in_the_tables(fresh):
     first = fresh.evaluate("document.querySelector('#gates tbody td').innerText")
     assert first == "invalid"  # fatal gates come first
     assert "fatal check" in fresh.evaluate("document.querySelector('.warning').innerText")
+
+
+def test_one_captured_step_stands_under_why(fresh):
+    said = fresh.evaluate("document.querySelector('#why svg').getAttribute('aria-label')")
+    assert said.startswith("One step over time. lora: 26.9 ms, 16% idle; longest mm 7.1 ms, mul 2.6 ms")
+    width, drawn = fresh.evaluate(
+        "(() => { const svg = document.querySelector('#why svg'); const box = svg.getBoundingClientRect();"
+        " const lanes = [...svg.querySelectorAll('[id*=FillBetweenPolyCollection], [id*=PolyCollection]')];"
+        " return [box.width, lanes.filter(one => one.getBoundingClientRect().width > 1).length]; })()"
+    )
+    assert width > 600
+    assert drawn > 10  # phases, categories, operators, gaps
+    rows = fresh.evaluate("[...document.querySelectorAll('#why tbody tr')].map(one => one.innerText.split('\\t'))")
+    assert rows[0][0] == "lora, device cpu"
+    assert rows[1][:2] == ["qlora", "not captured"]
+    fresh.click("#why tbody a")
+    assert fresh.evaluate("document.querySelector('.card:target').id") == f"run-{CAPTURED}"
+
+
+def test_an_edge_shows_that_there_is_more_beyond_it(fresh):
+    fresh.look(390, 844)
+    fresh.frame()
+    wide = fresh.evaluate(
+        "[...document.querySelectorAll('main .scroll, main .table')].filter(one => one.scrollWidth > one.clientWidth)"
+        ".map(one => getComputedStyle(one).backgroundAttachment)"
+    )
+    assert len(wide) > 3
+    assert set(wide) == {"local, local, scroll, scroll"}
 
 
 def test_hostile_text_is_text(fresh):

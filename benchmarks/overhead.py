@@ -86,7 +86,9 @@ class Loops:
         ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), device=device)
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
         count = SEQUENCES * (LENGTH - 1)
-        self.batch = Batch({"input_ids": ids}, labels, SEQUENCES * LENGTH, count, SEQUENCES * LENGTH, SEQUENCES)
+        positions = torch.nonzero(labels.flatten() != IGNORED).flatten()
+        tokens = SEQUENCES * LENGTH
+        self.batch = Batch({"input_ids": ids}, labels, positions, tokens, count, tokens, SEQUENCES)
         self.loop = Loop(
             factors=Factors(per_device_batch_size=SEQUENCES, max_length=LENGTH, max_steps=steps, logging_steps=WINDOW),
             precision=PRECISIONS["fp32"],

@@ -85,6 +85,9 @@ def configurations() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     yield "lora adamw_8bit", LORA, {"optimizer": "adamw_8bit"}
     yield "full eager", FULL, {"attention": "eager"}
     yield "lora eager checkpointed", LORA, {"attention": "eager", "gradient_checkpointing": True}
+    yield "full label_tokens", FULL, {"logits": "label_tokens"}
+    yield "lora bf16 label_tokens", LORA, {"logits": "label_tokens", "precision": "bf16"}
+    yield "full fsdp 2 label_tokens", FULL, {"logits": "label_tokens", "strategy": "fsdp", "gpus": 2}
     yield "full packed", FULL, {"batching": "packed", "per_device_batch_size": 2}
     yield "lora fixed_length", LORA, {"batching": "fixed_length"}
     yield "full one row", FULL, {"per_device_batch_size": 1, "max_steps": 60}

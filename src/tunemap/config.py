@@ -355,6 +355,11 @@ class Factors(Section):
     )
     gradient_checkpointing: bool = _factor(False, "Recompute activations in the backward pass.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = _factor("sdpa", "Attention implementation.")
+    logits: Literal["all", "label_tokens"] = _factor(
+        "all",
+        "Which logits a language model computes in training: those of `all` positions at once, or those of "
+        "`label_tokens` alone, in chunks with their gradients (less memory and less work, the same loss).",
+    )
     compile: bool = _factor(False, "Compile the model with torch.compile.")
     optimizer: Literal[
         "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "galore_adamw", "lomo", "adalomo"

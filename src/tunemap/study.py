@@ -464,6 +464,8 @@ def reasons_against(run: Run) -> list[str]:
         reasons.append("flash_attention_2 has no fp32 kernels; use precision bf16, fp16 or pure_bf16")
     if run.task_kind == "classification" and factors.batching == "packed":
         reasons.append("packed rows hold several examples, a classifier gives one answer per row")
+    if run.task_kind == "classification" and factors.logits == "label_tokens":
+        reasons.append("a classifier has logits of its classes alone; use logits all")
     if isinstance(run.model, TinyModel):
         wanted = "classification" if run.model.architecture == "distilbert" else "generation"
         if run.task_kind != wanted:

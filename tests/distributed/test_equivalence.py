@@ -22,6 +22,16 @@ def test_losses_are_those_of_one_process(trained, method, strategy, world_size, 
     assert_same_trajectory(trained(method, strategy, world_size, **variant), trained(method))
 
 
+@pytest.mark.parametrize(
+    ("method", "strategy", "world_size"),
+    [("full", "single", 1), ("lora", "single", 1), ("full", "ddp", 2), ("full", "fsdp", 2), ("lora", "hybrid", 4)],
+)
+def test_logits_of_label_tokens_alone_give_the_same_trajectory(trained, method, strategy, world_size):
+    finished = trained(method, strategy, world_size, logits="label_tokens")
+    assert_same_trajectory(finished, trained(method))
+    assert [gate["passed"] for gate in finished.result["gates"] if gate["gate"] == "flops"] == [True]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hybrid"])
 def test_every_strategy_runs_on_one_device_as_the_baseline_of_scaling(trained, strategy):
     alone = trained("lora", strategy, 1)

@@ -571,6 +571,10 @@ def test_keys_that_a_dataset_of_ones_own_needs(tmp_path):
             "model: bert, dataset: reviews, batching: packed",
             "packed rows hold several examples, a classifier gives one answer per row",
         ),
+        (
+            "model: bert, dataset: reviews, logits: label_tokens",
+            "a classifier has logits of its classes alone; use logits all",
+        ),
     ],
 )
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -90,6 +90,7 @@ def _capture(arguments: argparse.Namespace) -> None:
         schedule=schedule,
         world=world,
         label_tokens=schedule.per_step(tokens.train.label_tokens).tolist(),
+        loss_of=assembled.loss_of,
         write=records.extend,
         window_ended=lambda state, loss: None,
     )

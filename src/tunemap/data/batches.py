@@ -107,6 +107,11 @@ class Schedule:
         """Sum over each step's examples of a number known per example, such as its label tokens."""
         return _sums(per_example[self.examples], self.row_offsets[:: self.global_batch_size])
 
+    def per_micro_batch(self, per_example: npt.NDArray[np.integer]) -> Integers:
+        """As `per_step`, of shape (steps, gradient_accumulation, world_size)."""
+        sums = _sums(per_example[self.examples], self.row_offsets[:: self.per_device_batch_size])
+        return sums.reshape(self.steps, self.gradient_accumulation, self.world_size)
+
     def widest_step(self) -> int:
         """The first step that holds the widest micro-batch of all: the one with the highest peak memory."""
         return int(self.widths.max(axis=(1, 2)).argmax())

@@ -29,6 +29,7 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]  # int64 (B, T) each; attention_mask is absent where nothing is padded
     labels: torch.Tensor  # int64 (B, T) shifted targets, or (B,) class labels
+    label_positions: torch.Tensor  # int64 (label_tokens,): where the flattened labels are not -100
     real_tokens: int
     label_tokens: int
     padded_tokens: int  # B × T
@@ -47,6 +48,7 @@ class Batch:
             self,
             inputs={name: function(tensor) for name, tensor in self.inputs.items()},
             labels=function(self.labels),
+            label_positions=function(self.label_positions),
         )
 
 
@@ -125,11 +127,13 @@ def _targets(examples: Examples, index: int) -> npt.NDArray[np.int64]:
 def _batch(
     inputs: dict[str, npt.NDArray[np.int64]], labels: npt.NDArray[np.int64], *, real_tokens: int, samples: int
 ) -> Batch:
+    positions = np.flatnonzero(labels != IGNORED)
     return Batch(
         inputs={name: torch.from_numpy(array) for name, array in inputs.items()},
         labels=torch.from_numpy(labels),
+        label_positions=torch.from_numpy(positions),
         real_tokens=real_tokens,
-        label_tokens=int((labels != IGNORED).sum()),
+        label_tokens=len(positions),
         padded_tokens=inputs["input_ids"].size,
         samples=samples,
     )

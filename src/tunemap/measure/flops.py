@@ -21,13 +21,14 @@ from typing import Any, Literal
 class LinearShape:
     """One linear layer y = x Wᵀ: its name inside the model, its two sizes and what it multiplies.
 
-    rows: how many rows it multiplies: "token" (every padded position) or "sequence" (one per sequence).
+    rows: how many rows it multiplies: "token" (every padded position), "sequence" (one per sequence) or "logit" (every
+        padded position unless told otherwise).
     """
 
     name: str
     in_features: int
     out_features: int
-    rows: Literal["token", "sequence"] = "token"
+    rows: Literal["token", "sequence", "logit"] = "token"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _decoder_shape(config: Any) -> ModelShape:
         blocks=tuple(block(index) for index in range(config.num_hidden_layers)),
         attention_width=query_width,
         norm_after=False,
-        head=(LinearShape("lm_head", hidden, config.vocab_size),),
+        head=(LinearShape("lm_head", hidden, config.vocab_size, "logit"),),
     )
 
 
@@ -199,6 +200,10 @@ class StepFlops:
     def __add__(self, other: StepFlops) -> StepFlops:
         return StepFlops(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(StepFlops)})
 
+    def times(self, factor: int) -> StepFlops:
+        """Every column so many times."""
+        return StepFlops(**{f.name: getattr(self, f.name) * factor for f in fields(StepFlops)})
+
     @property
     def model_flops(self) -> int:
         """What the mathematics needs: everything but recomputation."""
@@ -215,12 +220,14 @@ def step_flops(
     trained: Trained,
     batches: Sequence[tuple[int, int]],
     *,
+    logit_rows: int | None = None,
     gradient_checkpointing: bool = False,
     fused_attention: bool = True,
     input_requires_grad: bool | None = None,
 ) -> StepFlops:
     """FLOPs of one optimizer step over `batches`: (sequences, padded width in tokens) of each micro-batch.
 
+    logit_rows: positions of each micro-batch whose logits are computed; all of them unless told.
     gradient_checkpointing: per block and non-reentrant, which stops a recomputation at the last tensor needed.
     fused_attention: SDPA or flash kernels, whose backward computes the scores again; False for eager attention,
         and on a CPU also for SDPA with attention dropout, which torch does not fuse there.
@@ -231,7 +238,7 @@ def step_flops(
         input_requires_grad = trained.everything or gradient_checkpointing
     total = StepFlops()
     for sequences, width in batches:
-        batch = _Batch(sequences, width, fused_attention)
+        batch = _Batch(sequences, width, fused_attention, sequences * width if logit_rows is None else logit_rows)
         stream_grad = input_requires_grad
         for block in shape.blocks:
             cost, stream_grad = _block(shape, block, trained, batch, stream_grad)
@@ -251,9 +258,11 @@ class _Batch:
     sequences: int
     width: int
     fused_attention: bool
+    logit_rows: int
 
     def rows(self, layer: LinearShape) -> int:
-        return self.sequences if layer.rows == "sequence" else self.sequences * self.width
+        counts = {"sequence": self.sequences, "logit": self.logit_rows, "token": self.sequences * self.width}
+        return counts[layer.rows]
 
 
 def _block(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ def data_of(run: Run, results: Path) -> Data:
     except UserError:  # fewer rows than a batch: the run will say so
         return _without_tokens(run, labels, len(lengths))
     batch = _shape(factors, widest, padded=shortest < widest)
+    if factors.logits == "label_tokens":
+        share = _label_share(file, file.stat().st_mtime_ns)
+        mean_row = packed_tokens if factors.batching == "packed" else float(lengths.mean())
+        batch = replace(batch, label_tokens=round(share * mean_row * factors.per_device_batch_size))
     step_rows = factors.per_device_batch_size * factors.gradient_accumulation * factors.gpus
     per_row = packed_tokens if factors.batching == "packed" else float(lengths.mean())
     return Data(batch, mean, _steps(factors, rows), per_row * step_rows, labels, True)
@@ -92,6 +97,16 @@ def _lengths(file: Path, changed_ns: int) -> npt.NDArray[np.int64]:
 
     with np.load(file) as arrays:
         return np.diff(arrays["offsets"])
+
+
+@functools.lru_cache(maxsize=64)
+def _label_share(file: Path, changed_ns: int) -> float:
+    """Share of all real tokens that are learned."""
+    import numpy as np
+
+    with np.load(file) as arrays:
+        lengths = np.diff(arrays["offsets"])
+        return float(np.maximum(lengths - np.maximum(arrays["prompt_tokens"], 1), 0).sum() / lengths.sum())
 
 
 class _Lengths:

@@ -211,7 +211,9 @@ def fake_batch(shape: BatchShape, task_kind: TaskKind) -> Batch:
     else:
         labels = torch.zeros(shape.rows, dtype=torch.int64)
     tokens = shape.rows * shape.width
-    return Batch(inputs, labels, real_tokens=tokens, label_tokens=tokens, padded_tokens=tokens, samples=shape.rows)
+    label_tokens = tokens if shape.label_tokens is None else shape.label_tokens
+    positions = torch.zeros(label_tokens, dtype=torch.int64)
+    return Batch(inputs, labels, positions, tokens, label_tokens, padded_tokens=tokens, samples=shape.rows)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from tunemap.planner.depth import SHALLOW, SegmentedStorage, Segments, can_be_de
 from tunemap.planner.prediction import Account, BatchShape, Work
 from tunemap.planner.work import WorkCounter
 from tunemap.run import Run
-from tunemap.training.assemble import quantization_of, spread
+from tunemap.training.assemble import LossOf, loss_function, quantization_of, spread
 from tunemap.training.frugal import BackwardOptimizer
 from tunemap.training.loop import Loop, TrainingState
 from tunemap.training.optimizer import optimizer_of
@@ -94,10 +94,11 @@ def _account(
             model, ratio = _assembled(run, config, num_labels, notes)
             loaded, dequantised = weights_bytes(model), _dequantised_bytes(model)
             counts, gathered = count_parameters(model), _largest_units(model, run, precision)
+            loss_of = loss_function(model, run)
             shared = _wrapped(model, run, precision)
             optimizer = optimizer_of(unwrap(shared), factors, learning_rate_ratio=ratio)
             state = TrainingState(shared, optimizer, _Scaler("cpu") if precision.scaler else None)
-            seen = _two_steps(run, state, precision, batch, block_bytes)
+            seen = _two_steps(run, state, precision, batch, block_bytes, loss_of)
     collectives = seen.collectives
     if factors.strategy == "ddp" and factors.gpus > 1:
         collectives = [*collectives, *_ddp_collectives(model, factors.gpus)]
@@ -199,7 +200,9 @@ class _Seen:
     collectives: list[Collective]
 
 
-def _two_steps(run: Run, state: TrainingState, precision: Precision, batch: BatchShape, block_bytes: int) -> _Seen:
+def _two_steps(
+    run: Run, state: TrainingState, precision: Precision, batch: BatchShape, block_bytes: int, loss_of: LossOf
+) -> _Seen:
     """Count a step and track its memory, once the optimizer has its state.
 
     FSDP sets itself up in its first step, and an optimizer within the backward pass can only be run by one: there the
@@ -221,6 +224,7 @@ def _two_steps(run: Run, state: TrainingState, precision: Precision, batch: Batc
         schedule=cast(Any, SimpleNamespace(steps=PLANNED_STEPS, epoch=lambda step: 0.0)),
         world=World(0, run.factors.gpus, torch.device("cpu")),
         label_tokens=[tokens, tokens],
+        loss_of=loss_of,
         write=lambda records: None,
         window_ended=lambda state, loss: None,
         beat=begins,

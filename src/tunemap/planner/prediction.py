@@ -17,12 +17,14 @@ class BatchShape:
     """One micro-batch of one device: `rows` sequences of `width` tokens.
 
     padded: whether some row is shorter, so that the attention needs a mask. packed: several examples per row.
+    label_tokens: mean positions with a label; None where only the data tell, and all positions count.
     """
 
     rows: int
     width: int
     padded: bool
     packed: bool = False
+    label_tokens: int | None = None
 
 
 @dataclass(frozen=True)

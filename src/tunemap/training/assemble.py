@@ -14,6 +14,7 @@ from torch import nn
 
 from tunemap.config import AdapterMethod, DataDriven, PeftMethod
 from tunemap.data.batches import Schedule
+from tunemap.data.collate import Batch as MicroBatch
 from tunemap.data.tokens import Tokens
 from tunemap.distributed.strategies import transformer_blocks, unwrap, wrap
 from tunemap.distributed.world import World
@@ -26,9 +27,13 @@ from tunemap.models.loading import Quantization, load_model
 from tunemap.run import Run
 from tunemap.training.costs import Costs, closed_form
 from tunemap.training.effects import adapter_layers, expected_trainable, model_gates
-from tunemap.training.loop import TrainingState
+from tunemap.training.label_logits import LabelLogits
+from tunemap.training.loop import TrainingState, loss_sum
 from tunemap.training.optimizer import optimizer_of
 from tunemap.training.precision import DTYPES, PRECISIONS, Precision
+
+LossOf = Callable[[nn.Module, MicroBatch], torch.Tensor]
+"""Turns a batch into its summed loss."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Assembled:
     parameters: ParameterCounts
     blocks: list[nn.Module]
     costs: Costs | None
+    loss_of: LossOf
     estimation_peak_bytes: int | None
     gates: list[GateResult]
     facts: dict[str, Any]
@@ -101,7 +107,7 @@ def assemble(
     parameters, blocks = count_parameters(trained), transformer_blocks(trained)
     costs = None  # of what other methods compute besides the model there is no formula
     if not isinstance(run.method, PeftMethod):
-        costs = closed_form(trained, model.config, run, schedule, device_type=world.device.type)
+        costs = closed_form(trained, model.config, run, schedule, tokens, device_type=world.device.type)
     facts = {
         "transformer_blocks": len(blocks),
         "adapter_layers": adapter_layers(trained),
@@ -111,6 +117,7 @@ def assemble(
         "compute_dtype": str(precision.compute),
         **adapted.facts,
     }
+    loss_of = loss_function(model, run)
     if factors.compile:
         _compile(trained)
     shared = spread(trained, run, world, precision)
@@ -118,7 +125,16 @@ def assemble(
     scaler = torch.amp.GradScaler(world.device.type) if precision.scaler else None
     gates = model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
     state = TrainingState(shared, optimizer, scaler)
-    return Assembled(state, precision, parameters, blocks, costs, adapted.estimation_peak_bytes, gates, facts)
+    return Assembled(state, precision, parameters, blocks, costs, loss_of, adapted.estimation_peak_bytes, gates, facts)
+
+
+def loss_function(model: nn.Module, run: Run) -> LossOf:
+    """What turns a batch into a summed loss, as factor `logits` says.
+
+    `model` has its adapters, and is not wrapped for several devices yet. Raises UnsupportedRunError where the model's
+    output layer does not allow what the factor asks for.
+    """
+    return LabelLogits(model).loss_sum if run.factors.logits == "label_tokens" else loss_sum
 
 
 def _estimation_batches(run: Run, tokens: Tokens, world: World, *, shared: bool) -> Batches:

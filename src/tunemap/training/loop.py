@@ -63,6 +63,7 @@ class Loop:
     label_tokens: list[int]  # of each step, over all ranks and micro-batches
     write: Callable[[list[StepRecord]], None]
     window_ended: Callable[[TrainingState, float], None]
+    loss_of: Callable[[nn.Module, Batch], torch.Tensor] | None = None  # None: `loss_sum`
     watch: Callable[[], AbstractContextManager[None]] | None = None  # around one step that is not measured
     beat: Callable[[int, str], None] = lambda step, phase: None  # told what begins, as a sign of life
     name_phase: Callable[[str], AbstractContextManager[Any]] = named_for_profilers
@@ -126,7 +127,7 @@ class Loop:
             with gradient_sync(model, index == last):
                 with phase("forward"), self.precision.autocast_context(self.world.device.type):
                     # Gradients are averaged over ranks; times the world size, the sum is over all label tokens.
-                    loss = loss_sum(model, batch) / self.label_tokens[step] * self.world.size
+                    loss = (self.loss_of or loss_sum)(model, batch) / self.label_tokens[step] * self.world.size
                     loss = loss + penalty(unwrap(model)) / self.factors.gradient_accumulation
                 clock.mark("forward")
                 self.beat(step, "backward")

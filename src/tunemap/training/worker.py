@@ -247,6 +247,7 @@ def _run_loop(
         schedule=schedule,
         world=world,
         label_tokens=schedule.per_step(tokens.train.label_tokens).tolist(),
+        loss_of=assembled.loss_of,
         write=lambda records: steps.append_records(own_file, records),
         window_ended=window_ended,
         watch=observer.watch,

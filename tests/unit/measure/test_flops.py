@@ -255,6 +255,14 @@ def test_utilisation_is_a_share_of_the_peak():
     assert hfu(8e12, 2.0, 1e13) == 0.4
 
 
+def test_logits_of_few_positions_cost_their_share_of_the_output_layer():
+    shape = model_shape(qwen2())
+    every, half, none = (step_flops(shape, FULL, [(2, 16)], logit_rows=rows) for rows in (None, 16, 0))
+    head = 3 * 2 * 32 * shape.head[0].in_features * shape.head[0].out_features
+    assert (every.hardware_flops - none.hardware_flops, half.hardware_flops - none.hardware_flops) == (head, head // 2)
+    assert step_flops(shape, FULL, [(0, 0)], logit_rows=1).times(16).hardware_flops == head // 2
+
+
 def test_an_unknown_family_is_refused():
     from transformers import GPT2Config
 

@@ -37,6 +37,7 @@ def tracked(prepared, run) -> tuple[int, int]:
         schedule=schedule,
         world=world,
         label_tokens=schedule.per_step(tokens.train.label_tokens).tolist(),
+        loss_of=assembled.loss_of,
         write=lambda records: None,
         window_ended=lambda state, loss: None,
     )

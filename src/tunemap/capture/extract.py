@@ -11,7 +11,7 @@ from typing import Any
 
 from tunemap.capture.ncu import KERNELS
 from tunemap.errors import UserError
-from tunemap.files import damaged, read_sealed
+from tunemap.files import SEAL, damaged, read_sealed
 from tunemap.hardware import hardware_of_device
 from tunemap.measure.datasheet import MATMUL_DTYPES
 from tunemap.trace.command import SUMMARY, read_traces, write_json, write_tables
@@ -54,7 +54,8 @@ def _described(capture: Path) -> dict[str, Any]:
 
 def _extract_roofline(roofline: Path, folder: Path) -> None:
     described = _described(roofline)
-    write_json(folder / "roofline.json", described | _roof(described))
+    said = {key: value for key, value in described.items() if key != SEAL}  # it is of the capture's own words alone
+    write_json(folder / "roofline.json", said | _roof(described))
     if described["outcome"] == "ok":
         write_tables(folder, {"roofline": read_ncu([roofline / KERNELS])}, "csv")
     else:

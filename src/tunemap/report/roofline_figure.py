@@ -16,6 +16,7 @@ from tunemap.report.rooflines import Roofline
 from tunemap.report.scene import AXIS, INK, WIDTH, Scene
 
 MOST_NAMES = 3  # of the longest kernels of a panel
+LONGEST_NAME = 48
 MOST_CATEGORIES = 8
 LARGEST = 260.0  # points²: the area of a kernel that took all of the time
 
@@ -65,15 +66,12 @@ def _draw(axes: Axes, one: Roofline, colours: dict[str, str]) -> None:
         linewidth=0,
         zorder=3,
     )
-    for row in range(min(MOST_NAMES, len(kernels))):
-        axes.annotate(
-            str(kernels["short_name"][row]),
-            (intensity[row], speed[row]),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=7,
-            color=INK,
-        )
+    names = [str(name)[:LONGEST_NAME] for name in kernels["short_name"][:MOST_NAMES]]
+    for row in range(len(names)):
+        place = (intensity[row], speed[row])
+        axes.annotate(str(row + 1), place, xytext=(6, 4), textcoords="offset points", fontsize=7, color=INK)
+    listed = "\n".join(f"{row}  {name}" for row, name in enumerate(names, start=1))
+    axes.text(0.985, 0.04, listed, transform=axes.transAxes, ha="right", va="bottom", fontsize=7, color=INK)
     roof = _roof(one, float(intensity.min()), float(intensity.max()))
     if roof is not None:
         axes.plot(*roof, "-", color=AXIS, linewidth=1.2, zorder=2)
@@ -94,8 +92,9 @@ def _words(one: Roofline) -> str:
     """`lora: 12 kernels; longest gemm_a (gemm) 41% of the time, 120 FLOPs/byte, 310 TFLOP/s.`"""
     first = one.kernels.iloc[0]
     share = first["time_ns"] / one.kernels["time_ns"].sum()
+    names = f"{len(one.kernels)} kernel{'s' if len(one.kernels) > 1 else ''}"
     said = (
-        f"{one.point}: {len(one.kernels)} kernels with {one.time_share:.0%} of the measured time (the others count no "
+        f"{one.point}: {names} with {one.time_share:.0%} of the measured time (the others count no "
         f"FLOPs); longest {first['short_name']} ({first['category']}), {share:.0%} of that, "
         f"{first['flops'] / first['bytes']:.3g} FLOPs per byte, {first['flops'] / first['time_ns'] / 1e3:.3g} TFLOP/s"
     )

@@ -42,7 +42,7 @@ def test_launches_of_a_kernel_are_one_point_below_the_roof(tmp_path):
     assert discs.get_sizes()[0] == pytest.approx(3 * discs.get_sizes()[1])
     (roof,) = axes.lines
     assert list(zip(*roof.get_data(), strict=True)) == [(0.25, 1e12), (250, 1e15), (8000, 1e15)]
-    assert [text.get_text() for text in axes.texts] == ["gemm", "add"]
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "1  gemm\n2  add"]
     words = (
         "point a: 2 kernels with 80% of the measured time (the others count no FLOPs); longest gemm (gemm), 75% of that"
     )

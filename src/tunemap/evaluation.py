@@ -27,7 +27,7 @@ from tunemap.run import Run
 from tunemap.startup import collection_paused
 from tunemap.training import finished, parent
 from tunemap.training.devices import Devices, lease_devices
-from tunemap.training.failure import Failure, describe, how_it_ended, is_of_storage, read_failures, write_failure
+from tunemap.training.failure import Failure, describe, how_it_ended, is_of_storage, leave_failure, read_failures
 from tunemap.training.heartbeat import Heartbeat, Watchdog
 from tunemap.training.launch import worker_environment
 
@@ -172,8 +172,7 @@ def main() -> None:
     try:
         _evaluate_share(arguments)
     except Exception as error:
-        write_failure(arguments.work, describe(error, rank=arguments.rank, phase="evaluate", step=None))
-        os._exit(1)
+        os._exit(leave_failure(arguments.work, describe(error, rank=arguments.rank, phase="evaluate", step=None)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # everything is on disk; tearing the interpreter down would cost most of a second

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tunemap.files import write_json
 from tunemap.run import Run
 from tunemap.startup import collection_paused
-from tunemap.training.failure import describe, write_failure
+from tunemap.training.failure import describe, leave_failure
 from tunemap.training.parent import end_with_parent
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a broken one must still end in an outcome
@@ -44,10 +44,10 @@ def main() -> None:
         _capture(arguments)
     except Exception as error:
         rank = int(os.environ.get("RANK", 0))
-        write_failure(arguments.folder, describe(error, rank=rank, phase="capture", step=None))
+        code = leave_failure(arguments.folder, describe(error, rank=rank, phase="capture", step=None))
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # tearing down would wait for ranks that are stuck
+        os._exit(code)  # tearing down would wait for ranks that are stuck
     sys.stdout.flush()
     sys.stderr.flush()
     if arguments.backend != "torch":

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import signal
+import sys
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ _STORAGE = re.compile(
     "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)))
     + r"|was set aside as|: move it away and run again|run the workflow to make it"  # what is damaged or gone
     + r"|unexpected pos \d+ vs|file write failed"  # how torch says it
+    + r"|could write nothing"
 )
+NO_DISK = os.EX_IOERR  # exit code of a process that could not even write why it failed
 _ASKED = re.compile(r"(?:Tried to allocate|you tried to allocate) ([\d.]+) ?(GiB|MiB|KiB|bytes)")
 _FREE = re.compile(r"([\d.]+) ?(GiB|MiB|KiB|bytes)(?: is)? free")
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
@@ -83,6 +86,8 @@ def how_it_ended(code: int | None, doing: str = "training") -> str:
         name = signal.Signals(-code).name
         hint = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
         return f"the {doing} process was ended by {name}{hint}"
+    if code == NO_DISK:
+        return f"the {doing} process could write nothing, not even why it ended; see the log of this run"
     return f"the {doing} process ended with exit code {code} and left no message; see the log of this run"
 
 
@@ -118,6 +123,16 @@ def failure_file(folder: Path, rank: int) -> Path:
 def write_failure(folder: Path, failure: Failure) -> None:
     """Leave the failure for the launcher."""
     write_json(failure_file(folder, failure.rank), asdict(failure))
+
+
+def leave_failure(folder: Path, failure: Failure) -> int:
+    """Leave the failure for the launcher as far as the disk allows; returns the exit code of the process."""
+    try:
+        write_failure(folder, failure)
+    except OSError as refused:
+        print(f"{failure.reason}; this cannot be written to {folder}: {refused.strerror}", file=sys.stderr, flush=True)
+        return NO_DISK
+    return 1
 
 
 def read_failures(folder: Path) -> list[Failure]:

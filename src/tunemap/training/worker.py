@@ -27,7 +27,7 @@ from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, trippe
 from tunemap.measure.clock import Moment, PartsTimer, process_age_s
 from tunemap.run import Run
 from tunemap.startup import collection_paused
-from tunemap.training.failure import InvalidRunError, describe, write_failure
+from tunemap.training.failure import InvalidRunError, describe, leave_failure
 from tunemap.training.heartbeat import STOP, Heartbeat
 from tunemap.training.parent import end_with_parent
 
@@ -68,10 +68,10 @@ def main() -> None:
     except _StoppedError as stopped:
         print(f"stopped after the checkpoint of step {stopped}", flush=True)
     except Exception as error:
-        write_failure(job.work, describe(error, rank=rank, phase=progress.phase, step=progress.step))
+        code = leave_failure(job.work, describe(error, rank=rank, phase=progress.phase, step=progress.step))
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # tearing down would wait for ranks that are stuck
+        os._exit(code)  # tearing down would wait for ranks that are stuck
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # everything is on disk; tearing the interpreter down would cost most of a second

@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test slurm-campaign lint format types bench peers fuzz chaos clean
+.PHONY: help install demo test slurm-campaign lint format types bench peers fuzz chaos resume clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,7 @@ bench: install ## print what the instruments cost, GoRA beside LoRA, planned bes
 	python benchmarks/extraction.py
 	python benchmarks/planner.py
 	python benchmarks/report.py
+	python benchmarks/scale.py
 
 peers: install ## race the training loop against TRL, the Trainer, PEFT's loop and optimum-benchmark (an hour)
 	python benchmarks/peers.py --install
@@ -55,6 +56,10 @@ fuzz: install ## mutate 10,000 study files, 2,000 dataset files and 1,000 traces
 
 chaos: install ## kill, starve and damage every stage of a small study 500 times; nothing may be lost
 	python -m tests.chaos.campaign
+	python -m tests.chaos.workflow
+
+resume: install ## kill runs of every method, strategy and optimizer; each must go on bit for bit
+	python -m tests.distributed.resume_campaign
 
 format: install ## rewrite the sources in the project's format
 	ruff check --fix .

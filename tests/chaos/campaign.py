@@ -28,6 +28,7 @@ from typing import Any
 from tunemap.errors import UserError
 from tunemap.files import read_sealed, write_sealed
 
+from .record import record, sums_by
 from .stages import STAGES, WITH_WORKERS, Fault, Study, adopt_orphans, preload, stray_processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -373,11 +374,12 @@ def content(study: Study, stage: str) -> dict[str, Any]:
         path = study.root / output
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and not (stage == "capture_run" and file.name.startswith(("trace.", "capture.rank"))):
-                found[str(file.relative_to(study.root))] = _content(file)
+                found[str(file.relative_to(study.root))] = content_of(file)
     return found
 
 
-def _content(file: Path) -> Any:
+def content_of(file: Path) -> Any:
+    """What a file says, without times; of one that holds none, its checksum."""
     if file.name == "steps.csv":
         rows = list(csv.DictReader(io.StringIO(file.read_text())))
         return [[row[name] for name in STEPS_COMPARED] for row in rows]
@@ -493,17 +495,14 @@ def main() -> int:
             file.flush()
             if row.problem:
                 print(f"seed {row.seed}: {row.stage}: {row.fault}: {row.problem}", flush=True)
-    print(f"seed {arguments.seed}, {time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    by_stage = sums_by(map(asdict, rows), "stage", ("injected", "survived", "lost"))
+    print(f"seed {arguments.seed}, {seconds:.0f} s")
     print(f"{'stage':18}{'faults':>8}{'injected':>10}{'survived':>10}{'lost':>6}")
-    for stage in (*STAGES, "one file", "all"):
-        own = [row for row in rows if stage in ("all", row.stage)]
-        counts = (
-            len(own),
-            sum(row.injected for row in own),
-            sum(row.survived for row in own),
-            sum(r.lost for r in own),
-        )
-        print(f"{stage:18}" + "".join(f"{count:>{width}}" for count, width in zip(counts, (8, 10, 10, 6), strict=True)))
+    for stage in (one for one in (*STAGES, "one file", "all") if one in by_stage):
+        cells = zip(by_stage[stage].values(), (8, 10, 10, 6), strict=True)
+        print(f"{stage:18}" + "".join(f"{count:>{width}}" for count, width in cells))
+    record(arguments.output, seed=arguments.seed, seconds=seconds, sums={"by_stage": by_stage})
     kinds = Counter(re.sub(r" \(.*| (stage|worker)$", "", row.fault) for row in rows)
     print("by fault: " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
     return 0 if all(row.survived for row in rows) else 1

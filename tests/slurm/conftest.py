@@ -24,6 +24,12 @@ folder = pathlib.Path(sys.argv[sys.argv.index("--destination") + 1])
 folder.mkdir()
 (folder / "model.safetensors").write_bytes(b"weights")
 """
+FOR_TESTS = (  # the partition of the test clusters, and impatience
+    ("slurm_partition: main ", "slurm_partition: gpu "),
+    ("slurm-init-seconds-before-status-checks: 20", "slurm-init-seconds-before-status-checks: 5"),
+    ("max-status-checks-per-second: 0.2", "max-status-checks-per-second: 10"),
+    ("latency-wait: 60", "latency-wait: 5"),
+)
 LIMIT_S = 900.0  # hosts of continuous integration are slow now and then
 
 
@@ -115,15 +121,8 @@ def submit_to(repository, tmp_path) -> Callable[..., SlurmCheckout]:
     """A fresh checkout with a study, for a cluster."""
 
     def make(cluster: Cluster, study: dict = STUDY, *, profile: tuple[tuple[str, str], ...] = ()) -> SlurmCheckout:
-        made = make_checkout(repository, tmp_path / "checkout", study)
-        checkout = SlurmCheckout(made.root, cluster)
-        checkout.edit_profile(
-            ("slurm_partition: main ", "slurm_partition: gpu "),
-            ("slurm-init-seconds-before-status-checks: 20", "slurm-init-seconds-before-status-checks: 5"),
-            ("max-status-checks-per-second: 0.2", "max-status-checks-per-second: 10"),
-            ("latency-wait: 60", "latency-wait: 5"),
-            *profile,
-        )
+        checkout = SlurmCheckout(make_checkout(repository, tmp_path / "checkout", study).root, cluster)
+        checkout.edit_profile(*FOR_TESTS, *profile)
         return checkout
 
     return make

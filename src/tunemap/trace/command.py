@@ -102,7 +102,12 @@ def run_facts(args: argparse.Namespace) -> int:
     if args.ncu:
         from tunemap.trace.ncu import read_ncu
 
-        write_tables(args.out, {"roofline": read_ncu(args.ncu)}, args.format)
+        points = read_ncu(args.ncu)
+        write_tables(args.out, {"roofline": points}, args.format)
+        if args.figures:
+            from tunemap.trace.figures import draw_roofline
+
+            draw_roofline(points, args.out)
     return 0
 
 

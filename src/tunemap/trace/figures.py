@@ -49,6 +49,30 @@ def draw_facts(facts: Facts, trace: Trace, folder: Path) -> list[Path]:
     return [_save(figure, folder / f"{name}.svg") for name, figure in figures.items()]
 
 
+def draw_roofline(points: Mapping[str, list[Any]], folder: Path) -> Path | None:
+    """Write the launches of `tunemap.trace.ncu` as FLOP/s over FLOPs per byte, as SVG; None where none has both."""
+    import seaborn as sns
+
+    known = [
+        (category, intensity, speed)
+        for category, intensity, speed in zip(
+            points["category"], points["flops_per_byte"], points["flops_per_s"], strict=True
+        )
+        if intensity is not None and speed is not None
+    ]
+    if not known:
+        return None
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    categories = list(dict.fromkeys(category for category, _, _ in known))
+    for category, colour in zip(categories, sns.color_palette("husl", len(categories)), strict=True):
+        intensities, speeds = zip(*((x, y) for name, x, y in known if name == category), strict=True)
+        axes.scatter(intensities, speeds, s=18, color=colour, label=category, linewidth=0)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte of device memory", ylabel="FLOP/s")
+    _legend_above(axes)
+    return _save(figure, folder / "roofline.svg")
+
+
 def draw_waterfall(comparison: Comparison, folder: Path) -> Path:
     """Write the waterfall between two runs as SVG."""
     return _save(waterfall_figure(comparison), folder / "waterfall.svg")

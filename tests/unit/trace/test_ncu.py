@@ -1,12 +1,15 @@
 """Roofline points from Nsight Compute CSV."""
 
+import argparse
 import csv
 
 import pytest
 from test_real_traces import rows
 
 from tunemap.errors import UserError
+from tunemap.trace.command import add_facts_arguments, run_facts
 from tunemap.trace.counters import tensor_counters
+from tunemap.trace.figures import draw_roofline
 from tunemap.trace.ncu import read_ncu
 
 HEADER = '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"\n'
@@ -85,6 +88,20 @@ def test_the_raw_page_has_a_kernel_a_row(tmp_path):
     assert product["flops_per_s"] == pytest.approx(2**32 / 20e-6)
     assert (elementwise["bytes"], elementwise["flops"], elementwise["flops_counted"]) == (8192, 1024, "scalar")
     assert elementwise["flops_per_byte"] == 0.125
+
+
+def test_the_command_writes_points_and_their_figure(tmp_path, capsys):
+    (tmp_path / "raw.csv").write_text(RAW)
+    parser = argparse.ArgumentParser()
+    add_facts_arguments(parser)
+    words = ["--ncu", str(tmp_path / "raw.csv"), "--out", str(tmp_path / "out"), "--figures"]
+    assert run_facts(parser.parse_args(words)) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["roofline.csv", "roofline.svg"]
+    drawn = (tmp_path / "out" / "roofline.svg").read_text()
+    assert "<!-- gemm -->" in drawn
+    assert "<!-- elementwise -->" in drawn
+    without = {column: [] for column in ("category", "flops_per_byte", "flops_per_s")}
+    assert draw_roofline(without, tmp_path) is None
 
 
 def test_both_layouts_of_real_metrics_give_the_same_points(shared_traces, tmp_path):

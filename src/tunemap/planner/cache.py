@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunemap import hardware
-from tunemap.config import DataDriven
+from tunemap.config import DataDriven, PeftMethod
 from tunemap.errors import UserError
 from tunemap.files import read_json, write_json
 from tunemap.planner import cost, time
@@ -29,6 +29,7 @@ RESULTS = Path("results")
 PLANS = Path("shared") / "plans"  # below the folder of results
 CEILINGS = Path("shared") / "ceilings.json"
 VERSION = 3  # of the accounts: raise it when the same run is accounted for otherwise
+STARTS_FROM_DATA = ("EVA", "LORA_GA", "CORDA")  # types of peft that run the model on training rows first
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 # Factors that neither memory nor work of a step depends on. max_length, batching and steps act through `Data`.
 INDIFFERENT = {
@@ -164,13 +165,21 @@ def _times(run: Run, account: Account, data: Data, target: Target, results: Path
     found: dict[str, Any] = {"step_seconds_low": step[0], "step_seconds_high": step[1]}
     if data.steps is None:
         return found
-    estimation = 0
-    if isinstance(run.method, DataDriven) and account.estimation_peak_bytes is not None:
-        estimation = -(-run.method.estimation_batches // factors.gpus)
-    start = time.start_seconds(account, step, estimation)
+    pieces = factors.gradient_accumulation
+    micro_batch = step[0] / pieces, step[1] / pieces
+    start = time.start_seconds(account, micro_batch, _estimation_batches(run, account))
     seconds = (start[0] + data.steps * step[0], start[1] + data.steps * step[1])
     found |= {"seconds_low": seconds[0], "seconds_high": seconds[1]}
     return found | asdict(cost.costs(seconds, target.hardware, devices=factors.gpus))
+
+
+def _estimation_batches(run: Run, account: Account) -> int:
+    """Batches of one device that the method looks at before it starts."""
+    method = run.method
+    by_type = isinstance(method, PeftMethod) and method.type in STARTS_FROM_DATA
+    if not isinstance(method, DataDriven) or not (by_type or account.estimation_peak_bytes is not None):
+        return 0
+    return -(-method.estimation_batches // run.factors.gpus)
 
 
 def measured_ceilings(results: Path) -> dict[str, float]:

@@ -39,7 +39,7 @@ from tunemap.training.precision import PRECISIONS
 
 BLOCK = 64  # weights per scale of a 4-bit layer, and scales per scale of scales: bitsandbytes' own
 NESTED_BLOCK = 256
-STARTS_FROM_DATA = ("EVA", "LORA_GA", "CORDA", "LOFTQ", "PISSA", "OLORA")  # LoRA but for the first values
+STARTS_OF_THEIR_OWN = ("EVA", "LORA_GA", "CORDA", "LOFTQ", "PISSA", "OLORA")  # LoRA but for the first values
 
 
 class _WithoutContents(FakeTensorMode):
@@ -87,7 +87,7 @@ def base_model(
 def with_plain_start(run: Run) -> Run:
     """The run with a start that looks at no weights and no data: what it trains has the same shapes."""
     method = run.method
-    if not isinstance(method, PeftMethod) or method.type not in STARTS_FROM_DATA:
+    if not isinstance(method, PeftMethod) or method.type not in STARTS_OF_THEIR_OWN:
         return run
     parameters = method.parameters | {"init_lora_weights": True}
     return run.model_copy(update={"method": method.model_copy(update={"parameters": parameters})})

@@ -32,7 +32,7 @@ from tunemap.methods.parameters import count_parameters, logical_size
 from tunemap.models.loading import quiet
 from tunemap.planner import fake
 from tunemap.planner.depth import SHALLOW, SegmentedStorage, Segments, can_be_deepened, deepened, with_depth
-from tunemap.planner.prediction import Account, BatchShape, Work
+from tunemap.planner.prediction import Account, BatchShape, Work, copies_of_gloo
 from tunemap.planner.work import WorkCounter
 from tunemap.run import Run
 from tunemap.training.assemble import LossOf, loss_function, quantization_of, spread
@@ -59,18 +59,7 @@ def account(run: Run, config: PreTrainedConfig, batch: BatchShape, *, num_labels
     else:
         few, more = (_account(run, with_depth(config, depth), batch, num_labels, on_gpu) for depth in SHALLOW)
         found = deepened((few[0], more[0]), (few[1], more[1]), blocks)
-    return found if on_gpu else _with_copies_of_gloo(found)
-
-
-def _with_copies_of_gloo(found: Account) -> Account:
-    """gloo reduces and scatters in copies of the whole gradients, which it keeps until their parts are used."""
-    copies = sum(row["payload_bytes"] for row in found.collectives if row["kind"] == "reduce_scatter")
-    return replace(
-        found,
-        peak_bytes=found.peak_bytes + copies,
-        breakdown_bytes=found.breakdown_bytes | {"other": found.breakdown_bytes["other"] + copies},
-        phase_peak_bytes={name: peak + copies for name, peak in found.phase_peak_bytes.items()},
-    )
+    return found if on_gpu else found.with_more(copies_of_gloo(found))
 
 
 def _account(

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tunemap.errors import UserError
 from tunemap.files import read_json, write_json
 from tunemap.frozen import FrozenPlan
+from tunemap.hardware import Hardware, known_hardware, load_hardware
 from tunemap.planner import cache
 from tunemap.planner.cache import NoAccount, account_key, predict, read_account, target_of, write_account
 from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
-from tunemap.planner.prediction import Account, Data, Prediction
+from tunemap.planner.prediction import Account, Data, Prediction, copies_of_gloo
 from tunemap.run import Run
 from tunemap.startup import collection_paused
 
+ON_GPUS = "on_gpus"  # of a run in predictions.json
+SHOWN_ON_GPUS = (
+    "device", "memory_bytes", "device_peak_bytes", "verdict", "step_seconds_low", "step_seconds_high",
+    "tokens_per_step", "cost_low", "cost_high", "currency",
+)  # fmt: skip
 Progress = Callable[[int, int], None]
 """Called before each account that is made, with how many are made and how many are to be."""
 
@@ -47,6 +54,16 @@ def predictions_for(
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Prediction]:
     """The same for one device."""
+    return {
+        run.id: predict(run, found, data, target, results=results)
+        for run, found, data in accounts_of(runs, target, data_root=data_root, results=results, progress=progress)
+    }
+
+
+def accounts_of(
+    runs: Iterable[Run], target: Target, *, data_root: Path, results: Path, progress: Progress
+) -> list[tuple[Run, Account | NoAccount, Data]]:
+    """The account of each run that trains, and its data; missing accounts are made and kept."""
     trained = [run for run in runs if not run.is_base]
     data = {run.id: data_of(run, results) for run in trained}
     keys = {run.id: account_key(run, data[run.id], on_gpu=target.on_gpu) for run in trained}
@@ -58,25 +75,41 @@ def predictions_for(
         write_account(key, accounts[key], results)  # type: ignore[arg-type]
     if missing:
         progress(len(missing), len(missing))
-    return {
-        run.id: predict(run, accounts[keys[run.id]], data[run.id], target, results=results)  # type: ignore[arg-type]
-        for run in trained
-    }
+    return [(run, accounts[keys[run.id]], data[run.id]) for run in trained]  # type: ignore[misc]
 
 
 def predict_to_file(plan_path: Path, data_root: Path, output: Path, *, results: Path, progress: Progress) -> None:
-    """Predict every run of a frozen plan and write what was found."""
+    """Predict every run of a frozen plan, on its own device and on every described GPU, and write what was found."""
     plan = FrozenPlan(str(plan_path), str(plan_path), read_json(plan_path))
     hardware = plan.values["hardware"]
-    found = predictions(
-        plan.runs.values(),
-        device=hardware["device"],
-        description=hardware["description"],
-        data_root=data_root,
-        results=results,
-        progress=progress,
+    target = target_of(hardware["device"], hardware["description"])
+    found = accounts_of(plan.runs.values(), target, data_root=data_root, results=results, progress=progress)
+    gpus = described_gpus()
+    write_json(
+        output,
+        {
+            run.id: predict(run, account, data, target, results=results).to_dict()
+            | {ON_GPUS: on_gpus(run, account, data, gpus, made_on_gpu=target.on_gpu, results=results)}
+            for run, account, data in found
+        },
     )
-    write_json(output, {name: one.to_dict() for name, one in found.items()})
+
+
+def described_gpus() -> list[Hardware]:
+    """Every GPU that resources/hardware describes, by memory."""
+    found = [load_hardware(name) for name in known_hardware()]
+    return sorted((one for one in found if one.kind == "gpu"), key=lambda one: (one.memory_bytes or 0, one.name))
+
+
+def on_gpus(
+    run: Run, account: Account | NoAccount, data: Data, gpus: Iterable[Hardware], *, made_on_gpu: bool, results: Path
+) -> list[dict[str, Any]]:
+    """What a run comes to on each of these GPUs; empty where its step cannot be accounted for."""
+    if isinstance(account, NoAccount):
+        return []
+    there = account if made_on_gpu else account.with_more(-copies_of_gloo(account))
+    found = [predict(run, there, data, Target.gpu(one), results=results) for one in gpus]
+    return [{name: getattr(one, name) for name in SHOWN_ON_GPUS} for one in found]
 
 
 def make_account(run: Run, data: Data, target: Target, *, data_root: Path, results: Path) -> Account | NoAccount:

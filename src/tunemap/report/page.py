@@ -40,6 +40,7 @@ from tunemap.report.extras import (
 )
 from tunemap.report.figures import PUBLISHED as PUBLISHED_DRAWING
 from tunemap.report.formats import records
+from tunemap.report.gpu_advice import advise_on_gpus
 from tunemap.report.map_data import map_data
 from tunemap.report.published_tables import page_tables
 from tunemap.report.scene import AXIS, GRID, INK, PAPER, Scene, outcome_word, scenes
@@ -112,6 +113,7 @@ def write_report(
             windows=windows(results_dir / "facts", plan, drawn),
             window_columns=WINDOW_COLUMNS,
             scaling=[scaling_cells(row) for row in records(tables.scaling)],
+            gpu_advice=advise_on_gpus(plan, words.main_experiment(plan), _of(points, main), results_dir),
             calibration=read_calibration(
                 [results_dir / CALIBRATION, results_dir.parent / CALIBRATION],
                 {run["run"]: run["outcome"] for run in runs},

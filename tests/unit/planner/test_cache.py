@@ -10,7 +10,8 @@ from tunemap.planner import cache, calibration, device
 from tunemap.planner.cache import NoAccount, account_key, known_prediction, predict, write_account
 from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
-from tunemap.planner.prediction import Account, BatchShape, Work
+from tunemap.planner.plan import described_gpus, on_gpus
+from tunemap.planner.prediction import Account, BatchShape, Work, copies_of_gloo
 from tunemap.run import Run
 
 GIB = 1 << 30
@@ -120,6 +121,40 @@ def test_estimation_counts_where_it_needs_more_than_training():
     assert parts["tensors"] == 2 * GIB
     assert "NCCL" not in parts
     assert "NCCL" in device.device_bytes(account(), target, devices=2)
+
+
+def test_other_gpus_are_planned_without_the_copies_of_a_cpus_collectives(tmp_path):
+    run, data = make_run(), data_of(make_run(), tmp_path)
+    row = {"kind": "reduce_scatter", "calls": 1, "payload_bytes": GIB, "sent_bytes": GIB}
+    on_gpu = account(4 * GIB, collectives=(row,))
+    on_cpu = on_gpu.with_more(copies_of_gloo(on_gpu))
+    assert on_cpu.peak_bytes == sum(on_cpu.breakdown_bytes.values()) == 5 * GIB
+    gpus = described_gpus()
+    there, from_here = (
+        on_gpus(run, one, data, gpus, made_on_gpu=made, results=tmp_path)
+        for one, made in ((on_gpu, True), (on_cpu, False))
+    )
+    assert there == from_here
+    assert [one["memory_bytes"] for one in there] == sorted(gpu.memory_bytes for gpu in gpus)
+    assert len(there) >= 13
+    assert on_gpus(run, NoAccount("because"), data, gpus, made_on_gpu=True, results=tmp_path) == []
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_start_from_data_takes_its_micro_batches(tmp_path, accumulation):
+    target = Target.gpu(load_hardware("l4"))
+    peft = {"kind": "peft", "estimation_batches": 32}
+    plain, eva, gora = (
+        predict(run, account(estimation_peak_bytes=estimated), data_of(run, tmp_path), target, results=tmp_path)
+        for run, estimated in (
+            (make_run(gradient_accumulation=accumulation), None),
+            (make_run(peft | {"type": "EVA"}, gradient_accumulation=accumulation), None),
+            (make_run({"kind": "gora", "estimation_batches": 32}, gradient_accumulation=accumulation), GIB),
+        )
+    )
+    extra = 32 * plain.step_seconds_low / accumulation
+    assert eva.seconds_low - plain.seconds_low == pytest.approx(extra)
+    assert gora.seconds_low - plain.seconds_low == pytest.approx(extra)
 
 
 def test_calibration_replaces_the_rows_of_its_study_alone(tmp_path):

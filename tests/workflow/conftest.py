@@ -20,6 +20,12 @@ LEFT_BEHIND = shutil.ignore_patterns(
 )
 FULL, LORA = "small.arithmetic.full.seed-0", "small.arithmetic.lora.seed-0"
 BASE = "small.arithmetic.base"
+SECRETS = {  # planted in the environment of the finished study
+    "HF_TOKEN": "hf_planted_b0a1",
+    "WANDB_API_KEY": "wandb-planted-b0a2",
+    "AWS_SECRET_ACCESS_KEY": "aws/planted+b0a3",
+    "TUNEMAP_TEST_PASSWORD": "planted-b0a4",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def finished(repository, tmp_path_factory, modules_folder) -> Checkout:
     """The study after a complete run; do not change it."""
     checkout = make_checkout(repository, tmp_path_factory.mktemp("finished") / "checkout")
     recorder = repository / "tests" / "workflow" / "record_modules"
-    done = checkout.snakemake(PYTHONPATH=str(recorder), TUNEMAP_RECORD_MODULES=str(modules_folder))
+    done = checkout.snakemake(PYTHONPATH=str(recorder), TUNEMAP_RECORD_MODULES=str(modules_folder), **SECRETS)
     assert done.returncode == 0, done.stdout + done.stderr
     return checkout
 

@@ -100,10 +100,14 @@ def cells() -> Iterator[Cell]:
             yield Cell(method, strategy, processes, technique)
 
 
-def rows_of(cell: Cell, material: ranks.Material, folder: Path, rng: random.Random) -> Iterator[Row]:
-    """Train a cell undisturbed, then kill and resume it."""
+def kills_of(cell: Cell, rng: random.Random) -> list[int]:
+    """The steps at which a cell is killed, one after the other."""
     every = (cell.method, cell.strategy, cell.technique) in EVERY_STEP
-    kills = range(STEPS) if every else [rng.randrange(STEPS)]
+    return list(range(STEPS)) if every else [rng.randrange(STEPS)]
+
+
+def rows_of(cell: Cell, kills: list[int], material: ranks.Material, folder: Path) -> Iterator[Row]:
+    """Train a cell undisturbed, then kill it at each of the steps and resume it."""
     undisturbed = ranks.train(cell.run(), material, folder / "undisturbed")
     for step in kills:
         started = time.perf_counter()
@@ -146,6 +150,7 @@ def main() -> int:
     """Run the whole table, print its sums, and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", help="a method, strategy or technique")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     rng, started, rows, refused = random.Random(arguments.seed), time.monotonic(), [], {}
@@ -158,7 +163,10 @@ def main() -> int:
             if reasons := reasons_against(cell.run()):
                 refused[cell] = reasons[0]
                 continue
-            for row in rows_of(cell, material, Path(folder) / str(number), rng):
+            kills = kills_of(cell, rng)  # drawn for cells that are left out too: the others stay the same
+            if arguments.only not in (None, cell.method, cell.strategy, cell.technique):
+                continue
+            for row in rows_of(cell, kills, material, Path(folder) / str(number)):
                 rows.append(row)
                 writer.writerow(asdict(row))
                 file.flush()

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from tunemap.collect import read_tables
 from tunemap.files import read_json, write_atomic_chunks
 from tunemap.report import words
+from tunemap.report.calibration_plot import calibration_plot
 from tunemap.report.cards import (
     POINT_RUN_COLUMNS,
     RunContext,
@@ -114,6 +115,9 @@ def write_report(
             window_columns=WINDOW_COLUMNS,
             scaling=[scaling_cells(row) for row in records(tables.scaling)],
             gpu_advice=advise_on_gpus(plan, words.main_experiment(plan), _of(points, main), results_dir),
+            calibration_plot=calibration_plot(
+                [results_dir / CALIBRATION, results_dir.parent / CALIBRATION], {run["run"] for run in runs}
+            ),
             calibration=read_calibration(
                 [results_dir / CALIBRATION, results_dir.parent / CALIBRATION],
                 {run["run"]: run["outcome"] for run in runs},

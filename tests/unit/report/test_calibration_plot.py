@@ -1,0 +1,45 @@
+"""The drawing of predicted against measured peaks."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from tunemap.report.calibration_plot import SIDE, calibration_plot
+
+MIB = 1 << 20
+
+
+def circles(svg: str) -> dict[str, ET.Element]:
+    root = ET.fromstring(svg)
+    found = root.iter("{http://www.w3.org/2000/svg}circle")
+    return {re.match("[^:]+", one[0].text or "").group(): one for one in found}
+
+
+def write(path, rows):
+    lines = ["run,predicted_peak_bytes,measured_peak_bytes", *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_equal_peaks_lie_on_the_diagonal_and_others_on_their_side(tmp_path):
+    path = write(tmp_path / "c.csv", [("even", 100 * MIB, 100 * MIB), ("over", 90 * MIB, 30 * MIB),
+                                      ("under", 30 * MIB, 90 * MIB), ("failed", 5, "")])  # fmt: skip
+    found = circles(calibration_plot([tmp_path / "absent", path], {"even"}))
+    above = {run: SIDE - float(one.get("cy")) - float(one.get("cx")) for run, one in found.items()}
+    assert above["even"] == pytest.approx(0, abs=0.2)
+    assert above["over"] == pytest.approx(-above["under"], abs=0.3)
+    assert above["over"] > 50
+    assert (found["even"].get("fill"), found["over"].get("fill")) == ("currentColor", "none")
+    assert found["over"][0].text == "over: predicted 90 MiB, measured 30 MiB"
+    assert len(found) == 3
+
+
+def test_names_are_escaped(tmp_path):
+    svg = calibration_plot([write(tmp_path / "c.csv", [("<b>&", 1 * MIB, 2 * MIB)])], {"<b>&"})
+    assert set(circles(svg)) == {"<b>&"}
+
+
+def test_nothing_measured_draws_nothing(tmp_path):
+    assert calibration_plot([tmp_path / "absent"], set()) is None
+    assert calibration_plot([write(tmp_path / "c.csv", [("a", 5, "")])], set()) is None

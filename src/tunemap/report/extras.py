@@ -49,8 +49,19 @@ class Calibration:
     columns = ("Run", "Predicted, MiB", "Measured, MiB", "Ratio")
 
 
-def scaling_cells(row: Row) -> list[str]:
-    """One row of the scaling table as text."""
+SCALING_POINT = ("model", "dataset", "method", "strategy", "gpus", "per_device_batch_size", "gradient_accumulation")
+
+
+def scaling_rows(rows: list[Row], runs: list[Row]) -> list[LinkedRow]:
+    """The scaling table as text; each row leads to the first of the runs that it is the mean of."""
+    first: dict[tuple[Any, ...], str] = {}
+    for run in runs:
+        first.setdefault(tuple(run[name] for name in SCALING_POINT), run["run"])
+    return [LinkedRow(first[tuple(row[name] for name in SCALING_POINT)], _scaling_cells(row)) for row in rows]
+
+
+def _scaling_cells(row: Row) -> tuple[str, ...]:
+    """One row as text; a dash is a value that does not exist, and a speed-up without a baseline says why."""
 
     def interval(name: str, digits: int, factor: float = 1.0) -> str:
         value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
@@ -60,7 +71,7 @@ def scaling_cells(row: Row) -> list[str]:
         return middle if low is None else f"{middle} ({low * factor:.{digits}f} to {high * factor:.{digits}f})"
 
     sent, peak = row["communication_bytes_per_step"], row["peak_allocated_bytes"]
-    return [
+    return (
         f"{row['mode']}: {row['method']} · {row['strategy']}",
         f"{row['gpus']}",
         "—" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
@@ -68,7 +79,7 @@ def scaling_cells(row: Row) -> list[str]:
         interval("efficiency", 0, 100),
         "—" if peak is None else f"{peak / 2**20:,.1f}",
         "—" if sent is None else f"{sent / 2**20:,.2f}",
-    ]
+    )
 
 
 PARTITION = ("compute_ns", "exposed_communication_ns", "exposed_copy_ns", "idle_ns")

@@ -36,7 +36,7 @@ from tunemap.report.extras import (
     inference_row,
     read_calibration,
     read_published,
-    scaling_cells,
+    scaling_rows,
     windows,
 )
 from tunemap.report.figures import PUBLISHED as PUBLISHED_DRAWING
@@ -51,6 +51,7 @@ Row = dict[str, Any]
 PAGE_COLOURS = {INK: "currentColor", AXIS: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
 # Figures that explain; the others stand with their experiment.
 WHY = ("waterfall", "step", "timeline", "roofline", "ranks")
+MANY_WARNINGS = 6  # of one gate, that share a line of the table of gates
 WINDOW_COLUMNS = ("Capture", "Window, ms", "Compute, %", "Exposed communication, %", "Exposed copies, %", "Idle, %")
 
 
@@ -113,7 +114,7 @@ def write_report(
             ],
             windows=windows(results_dir / "facts", plan, drawn),
             window_columns=WINDOW_COLUMNS,
-            scaling=[scaling_cells(row) for row in records(tables.scaling)],
+            scaling=scaling_rows(records(tables.scaling), runs),
             gpu_advice=advise_on_gpus(plan, words.main_experiment(plan), _of(points, main), results_dir),
             calibration_plot=calibration_plot(
                 [results_dir / CALIBRATION, results_dir.parent / CALIBRATION], {run["run"] for run in runs}
@@ -129,6 +130,7 @@ def write_report(
             published_figures=[figure for figure in pictures if figure.experiment == PUBLISHED_DRAWING],
             failed=[run | {"word": outcome_word(run["outcome"])} for run in runs if _failed(run)],
             tripped=tripped,
+            gate_groups=_groups(tripped),
             fatal_gates=[gate for gate in tripped if gate["is_fatal"]],
             warnings=[gate for gate in tripped if not gate["is_fatal"]],
             gate_count=len(gates),
@@ -179,6 +181,16 @@ def _tripped(gates: list[Row], cards: dict[str, dict[str, str]]) -> list[Row]:
         card = run_card_id(gate["subject"]) if of_run else cards.get(gate["experiment"], {}).get(gate["subject"], "")
         tripped.append(gate | {"is_fatal": gate["fatal"] in (True, "True") and of_run, "card": card})
     return sorted(tripped, key=lambda gate: not gate["is_fatal"])
+
+
+def _groups(tripped: list[Row]) -> list[list[Row]]:
+    """Rows of the table of gates: warnings of one gate together where they are many, each other one by itself."""
+    counts = Counter(gate["gate"] for gate in tripped if not gate["is_fatal"])
+    groups: dict[str | int, list[Row]] = {}
+    for number, gate in enumerate(tripped):
+        together = not gate["is_fatal"] and counts[gate["gate"]] >= MANY_WARNINGS
+        groups.setdefault(gate["gate"] if together else number, []).append(gate)
+    return list(groups.values())
 
 
 def _by_subject(gates: list[Row]) -> dict[str, list[Row]]:

@@ -14,7 +14,6 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from tunemap.collect import EVALUATION_DETAILS, MEASUREMENTS, collect, read_tables, write_tables
-from tunemap.distributed.scaling import SCALING_COLUMNS
 from tunemap.errors import UserError
 from tunemap.report import figures, page, words
 from tunemap.report.command import add_figure_arguments, run_figure
@@ -320,17 +319,6 @@ def test_fine_tuning_that_does_nothing_is_said(tmp_path):
 @pytest.mark.parametrize(("value", "text"), [(1.25, "+1.2"), (-3.0, "−3.0"), (0.0, "±0.0"), (-0.04, "±0.0")])
 def test_signed_numbers(value, text):
     assert signed(value) == text
-
-
-def test_scaling_rows_say_speed_up_with_interval_or_why_not():
-    row = dict.fromkeys(SCALING_COLUMNS) | {"mode": "weak", "method": "lora", "strategy": "ddp", "gpus": 2}
-    row |= {"tokens_per_second": 1800.0, "speed_up": 1.8, "speed_up_low": 1.7, "speed_up_high": 1.9}
-    row |= {"efficiency": 0.9, "efficiency_low": 0.85, "efficiency_high": 0.95, "peak_allocated_bytes": 2**20}
-    row |= {"communication_bytes_per_step": 2**19}
-    cells = ["weak: lora · ddp", "2", "1,800", "1.80 (1.70 to 1.90)", "90 (85 to 95)", "1.0", "0.50"]
-    assert page.scaling_cells(row) == cells
-    alone = row | {"speed_up": None, "efficiency": None, "reason": "no run of ddp on one device"}
-    assert page.scaling_cells(alone)[3:5] == ["no run of ddp on one device"] * 2
 
 
 def test_a_study_on_one_device_has_no_scaling_section(html):

@@ -36,7 +36,8 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=PIPE_COLUMNS, **plain)
 
 
-def _study_argument(parser: argparse.ArgumentParser, *, option: bool) -> None:
+def study_argument(parser: argparse.ArgumentParser, *, option: bool) -> None:
+    """The arguments that name a study, as --study or by place."""
     name = "--study" if option else "study"
     meaning = f"study file (default: {DEFAULT_STUDY})"
     if option:
@@ -47,11 +48,13 @@ def _study_argument(parser: argparse.ArgumentParser, *, option: bool) -> None:
     parser.add_argument("--data-root", help="where relative paths start, in place of the study's data_root")
 
 
-def _plan_of(arguments: argparse.Namespace) -> Plan:
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """The plan of the study that the arguments name."""
     return load_plan(arguments.study, data_root=arguments.data_root, scale=arguments.scale)
 
 
-def _run_of(plan: Plan, name: str) -> Run:
+def run_of(plan: Plan, name: str) -> Run:
+    """The run of that id. Raises UserError, with the nearest id, where there is none."""
     if name in plan.runs:
         return plan.runs[name]
     meant = nearest(name, plan.runs)
@@ -64,7 +67,7 @@ def _run_of(plan: Plan, name: str) -> Run:
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunemap plan`."""
-    _study_argument(parser, option=False)
+    study_argument(parser, option=False)
     parser.add_argument(
         "--json", action="store_true", help="print JSON: every run with all of its factors, and every prediction"
     )
@@ -75,7 +78,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Print the runs of a study, and what each of them will need."""
-    plan = _plan_of(arguments)
+    plan = plan_of(arguments)
     found = {} if arguments.list else _predictions(plan, arguments.results)
     if arguments.json:
         values = plan.to_dict() | {"predictions": [one.to_dict() for one in found.values()]}
@@ -134,13 +137,13 @@ def _value(run: Run, key: str) -> Any:
 def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunemap explain`."""
     parser.add_argument("run", help="id of the run, as `tunemap plan` prints it")
-    _study_argument(parser, option=True)
+    study_argument(parser, option=True)
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
     """Print every factor of a run with the place that its value came from."""
-    plan = _plan_of(arguments)
-    run = _run_of(plan, arguments.run)
+    plan = plan_of(arguments)
+    run = run_of(plan, arguments.run)
     origins = plan.provenance[run.id]
     table = Table(title=run.id, title_justify="left")
     for column in ("factor", "value", "from"):
@@ -160,7 +163,7 @@ def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunemap diff`."""
     parser.add_argument("first", metavar="RUN", help="id of a run, or an outcome.json")
     parser.add_argument("second", metavar="RUN", help="id of another run, or an outcome.json")
-    _study_argument(parser, option=True)
+    study_argument(parser, option=True)
 
 
 def run_diff(arguments: argparse.Namespace) -> int:
@@ -186,7 +189,7 @@ def _run_or_file(arguments: argparse.Namespace, name: str) -> Run:
             return Run.from_json(canonical_json(read_json(path)["spec"]))
         except (KeyError, TypeError, ValidationError):
             raise UserError(f"{path}: no outcome of a run of this version of tunemap") from None
-    return _run_of(_plan_of(arguments), name)
+    return run_of(plan_of(arguments), name)
 
 
 # --- retry and gc -----------------------------------------------------------------------------------------
@@ -194,14 +197,14 @@ def _run_or_file(arguments: argparse.Namespace, name: str) -> Run:
 
 def add_retry_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunemap retry`."""
-    _study_argument(parser, option=False)
+    study_argument(parser, option=False)
     parser.add_argument("--outcome", choices=RETRIED, action="append", help="only these outcomes (default: error)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
 
 
 def run_retry(arguments: argparse.Namespace) -> int:
     """Remove the results of failed runs: a failure is a result, and is repeated only when somebody says so."""
-    plan, wanted = _plan_of(arguments), arguments.outcome or ["error"]
+    plan, wanted = plan_of(arguments), arguments.outcome or ["error"]
     folder = arguments.results / plan.study.study
     forgotten = []
     for name in plan.runs:
@@ -233,14 +236,14 @@ def _outcome(path: Path) -> str | None:
 
 def add_gc_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunemap gc`."""
-    _study_argument(parser, option=False)
+    study_argument(parser, option=False)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
     parser.add_argument("--remove", action="store_true", help="remove them; without this they are only listed")
 
 
 def run_gc(arguments: argparse.Namespace) -> int:
     """List or remove folders of runs that the study does not plan any more."""
-    plan = _plan_of(arguments)
+    plan = plan_of(arguments)
     folder = arguments.results / plan.study.study
     stale = [
         path

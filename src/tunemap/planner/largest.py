@@ -1,0 +1,314 @@
+"""The largest batch or length of a run that a device holds: first by the planner, then, if asked, by running it.
+
+tunemap max-batch tiny-qwen2.arithmetic.lora.seed-0 --gpu rtx4090
+tunemap max-batch tiny-qwen2.arithmetic.lora.seed-0 --memory-gb 2 --factor max_length --probe
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunemap.errors import UserError
+from tunemap.files import read_json
+from tunemap.hardware import load_hardware
+from tunemap.inspect import RESULTS, plan_of, run_of, study_argument
+from tunemap.paths import expanded
+from tunemap.planner import device
+from tunemap.planner.cache import NoAccount, account_key, read_account, target_of, write_account
+from tunemap.planner.data import data_of
+from tunemap.planner.device import TIGHT_SHARE, Target
+from tunemap.planner.plan import make_account
+from tunemap.planner.prediction import Data
+from tunemap.run import Run
+
+FACTORS = ("per_device_batch_size", "max_length")
+MOST = 1 << 20  # no run has more rows or tokens than that
+PROBED_STEPS = 3  # the first has no optimizer states yet
+SMALLER = 0.9  # of a batch that a probe could not hold, what the next probe tries
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One real run of a few steps at the widest batch."""
+
+    value: int
+    outcome: str
+    peak_bytes: int | None
+    held: bool
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest value of a factor. 0 is none.
+
+    safe: needs at most 92 % of the memory, the error that predictions are allowed; tight: needs all of it.
+    confirmed: the largest that really ran within the memory; None without probes.
+    """
+
+    run: str
+    factor: str
+    device: str
+    memory_bytes: int
+    safe: int
+    safe_bytes: int
+    tight: int
+    tight_bytes: int
+    confirmed: int | None = None
+    probes: tuple[Probe, ...] = ()
+
+
+def largest_below(needed: Callable[[int], int], limit: int, *, most: int = MOST) -> int:
+    """The largest n in 1…most with needed(n) ≤ limit, for a function that does not fall; 0 where there is none.
+
+    Memory is nearly a straight line in rows, and a parabola at worst in length, so the next look is where the line
+    through the last two values meets the limit. Steps double until a value does not fit; once there is one, a
+    bisection takes over where the line does not halve what is left.
+    """
+    known = {1: needed(1)}
+    if known[1] > limit:
+        return 0
+    low, high = 1, most + 1  # fits, does not fit (or is not allowed)
+    step, guess = 1, 4
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        known[guess] = needed(guess)
+        width = high - low
+        low, high = (guess, high) if known[guess] <= limit else (low, guess)
+        guess = _where_the_line_meets(known, low, high, limit)
+        if high > most:
+            step *= 2
+            guess = max(guess, low + step)
+        elif high - low > width // 2:
+            guess = (low + high) // 2
+    return low
+
+
+def _where_the_line_meets(known: dict[int, int], low: int, high: int, limit: int) -> int:
+    """Through the two values next to the limit."""
+    other = high if high in known else max((n for n in known if n < low), default=low)
+    if known[other] == known[low]:
+        return low + 1
+    slope = (known[other] - known[low]) / (other - low)
+    return low + int((limit - known[low]) / slope)
+
+
+def largest_planned(
+    run: Run, factor: str, target: Target, *, data_root: Path, results: Path, progress: Callable[[int], None]
+) -> Largest:
+    """What the planner says. Raises UserError where the memory is not known, or the run cannot be accounted for."""
+    if target.memory_bytes is None:
+        raise UserError(f"the memory of {target.name} is not known: give --memory-gb, or --gpu with a described one")
+
+    def needed(value: int) -> int:
+        progress(value)
+        return _needed_bytes(run, factor, value, target, data_root, results)
+
+    seen: dict[int, int] = {}
+
+    def remembered(value: int) -> int:
+        if value not in seen:
+            seen[value] = needed(value)
+        return seen[value]
+
+    safe = largest_below(remembered, int(target.memory_bytes * TIGHT_SHARE))
+    tight = largest_below(remembered, target.memory_bytes)
+    return Largest(
+        run.id,
+        factor,
+        target.name,
+        target.memory_bytes,
+        safe,
+        remembered(max(1, safe)),
+        tight,
+        remembered(max(1, tight)),
+    )
+
+
+def _needed_bytes(run: Run, factor: str, value: int, target: Target, data_root: Path, results: Path) -> int:
+    changed = with_factor(run, factor, value)
+    data = _at(data_of(run if factor == "max_length" else changed, results), factor, value)
+    key = account_key(changed, data, on_gpu=target.on_gpu)
+    found = read_account(key, results)
+    if found is None:
+        found = make_account(changed, data, target, data_root=data_root, results=results)
+        write_account(key, found, results)
+    if isinstance(found, NoAccount):
+        raise UserError(f"{run.id}: {found.reason}; nothing can be planned, use --probe with a batch of your own")
+    needed = sum(device.device_bytes(found, target, devices=run.factors.gpus).values())
+    return needed if target.on_gpu else device.host_bytes(found, target) * run.factors.gpus
+
+
+def _at(data: Data, factor: str, value: int) -> Data:
+    """With the rows of the data as they are, or every row of a given length."""
+    if factor == "per_device_batch_size":
+        return data
+    return replace(data, batch=replace(data.batch, width=value, label_tokens=None))
+
+
+def with_factor(run: Run, factor: str, value: int, **others: Any) -> Run:
+    """The same run with one factor changed, and perhaps more."""
+    return run.model_copy(update={"factors": run.factors.model_copy(update={factor: value, **others})})
+
+
+# --- by running it ----------------------------------------------------------------------------------------
+
+
+def confirmed(found: Largest, probe: Callable[[int], Probe]) -> Largest:
+    """Run what the planner found: down from the safe value until one holds, up to the tight one while they hold."""
+    probes: list[Probe] = []
+    value, held = found.safe, 0
+    while value > 0 and not held:
+        probes.append(probe(value))
+        held = value if probes[-1].held else 0
+        value = min(value - 1, int(value * SMALLER))
+    fails = probes[-2].value if len(probes) > 1 else found.tight + 1
+    while held and fails - held > max(1, held // 50):  # to 2 %
+        value = (held + fails) // 2
+        probes.append(probe(value))
+        held, fails = (value, fails) if probes[-1].held else (held, value)
+    return replace(found, confirmed=held, probes=tuple(probes))
+
+
+def probe_run(run: Run, factor: str, value: int, target: Target, *, results: Path, device_kind: str) -> Probe:
+    """Train a few steps, each as wide as the widest batch of the run; nothing of it is kept.
+
+    Raises UserError where model or tokens of the run are not prepared yet.
+    """
+    from tunemap.training.launch import Paths, launch
+
+    shared = results / "shared"
+    folders = {
+        "model": shared / "models" / run.model_key,
+        "dataset": shared / "datasets" / run.dataset_key,
+        "tokens": shared / "tokens" / run.tokens_key,
+    }
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise UserError(f"--probe: the {name} of {run.id} is not in {folder}: snakemake {folder} prepares it")
+    width = value if factor == "max_length" else data_of(run, results).batch.width
+    packed = run.factors.batching == "packed"
+    short = {
+        "max_length": width,
+        "batching": "packed" if packed else "fixed_length",
+        "max_steps": PROBED_STEPS,
+        "epochs": None,
+        "warmup_steps": 0,
+        "measurement_warmup_steps": 0,
+        "logging_steps": PROBED_STEPS,
+    }
+    probed = with_factor(run, factor, value, **{name: one for name, one in short.items() if name != factor})
+    with tempfile.TemporaryDirectory(prefix="tunemap-probe-") as name:
+        work = Path(name)
+        paths = Paths(**folders, work=work / "work", weights=work / "weights", steps=work / "steps.csv",
+                      outcome=work / "outcome.json")  # fmt: skip
+        with _printing_to_stderr():
+            launch(probed, paths, device=device_kind)
+        outcome = read_json(paths.outcome)
+    measured = outcome["measurements"]
+    on_host = measured.get("host_rss_peak_bytes")  # of one process, as `needed` counts where there is no GPU
+    peak = measured.get("peak_reserved_bytes") if target.on_gpu else on_host and on_host * run.factors.gpus
+    assert target.memory_bytes is not None
+    if outcome["outcome"] in ("error", "invalid", "unsupported"):
+        raise UserError(f"--probe: {factor} {value} ended with {outcome['outcome']}: {outcome['reason']}")
+    held = outcome["outcome"] == "ok" and peak is not None and peak <= target.memory_bytes
+    return Probe(value, outcome["outcome"], peak, held)
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Also what started processes print: standard output is for the answer."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def add_max_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tunemap max-batch`."""
+    parser.add_argument("run", help="id of the run, as `tunemap plan` prints it")
+    study_argument(parser, option=True)
+    parser.add_argument("--factor", choices=FACTORS, default=FACTORS[0], help="what to enlarge (default: %(default)s)")
+    parser.add_argument("--gpu", help="a file in resources/hardware, such as rtx4090 (default: the study's device)")
+    parser.add_argument("--memory-gb", type=float, help="memory that may be used, in GB (default: all of the device)")
+    parser.add_argument(
+        "--probe", action="store_true", help="then train a few steps here, and say what really fits this device"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
+
+
+def run_max_batch(arguments: argparse.Namespace) -> int:
+    """Search, probe if asked, and say what was found."""
+    if arguments.memory_gb is not None and arguments.memory_gb <= 0:
+        raise UserError(f"--memory-gb {arguments.memory_gb:g}: allowed are numbers above 0")
+    if arguments.gpu and arguments.probe:
+        raise UserError("--probe runs on this machine's device: leave --gpu out, and limit it by --memory-gb")
+    plan = plan_of(arguments)
+    run = run_of(plan, arguments.run)
+    if run.is_base:
+        raise UserError(f"{run.id} is the base model, which is not trained")
+    hardware = plan.study.hardware
+    target = target_of(hardware.device, hardware.description)
+    if arguments.gpu:
+        target = Target.gpu(load_hardware(arguments.gpu))
+    if arguments.memory_gb:
+        target = replace(target, memory_bytes=round(arguments.memory_gb * 1e9))
+
+    def say(value: int) -> None:
+        if not arguments.json:
+            print(f"planning {arguments.factor} {value}", flush=True)
+
+    found = largest_planned(
+        run,
+        arguments.factor,
+        target,
+        data_root=Path(expanded(plan.study.data_root)),
+        results=arguments.results,
+        progress=say,
+    )
+    if arguments.probe:
+
+        def probe(value: int) -> Probe:
+            return probe_run(
+                run, arguments.factor, value, target, results=arguments.results, device_kind=hardware.device
+            )
+
+        found = confirmed(found, probe)
+    print(json.dumps(asdict(found), indent=1) if arguments.json else in_words(found))
+    return 0
+
+
+def in_words(found: Largest) -> str:
+    """What was found, for a person."""
+    gib = 1 << 30
+    memory = f"{found.memory_bytes / gib:.2f} GiB of {found.device}"
+    if found.tight == 0:
+        return f"{found.run}: not even {found.factor} 1 fits: it needs {found.tight_bytes / gib:.2f} of {memory}"
+    lines = [
+        f"{found.run} on {memory}",
+        f"  safe:  {found.factor} {found.safe} needs {found.safe_bytes / gib:.2f} GiB",
+        f"  tight: {found.factor} {found.tight} needs {found.tight_bytes / gib:.2f} GiB",
+    ]
+    for one in found.probes:
+        peak = "" if one.peak_bytes is None else f", peak {one.peak_bytes / gib:.2f} GiB"
+        lines.append(f"  probe: {found.factor} {one.value}: {one.outcome}{peak}{'' if one.held else ', too much'}")
+    if found.confirmed is not None:
+        lines.append(f"  largest that ran: {found.factor} {found.confirmed}")
+    return "\n".join(lines)

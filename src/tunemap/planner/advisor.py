@@ -133,7 +133,8 @@ def advise(
     total = len(ways)
     options: dict[str, Option] = {}
     for name, run in ways.items():
-        if run.factors.precision == LEAN and any(one.rows for one in options.values() if one.method == "full"):
+        plain = [one for one in options.values() if one.method == "full" and one.precision != LEAN]
+        if run.factors.precision == LEAN and any(one.rows for one in plain):
             total -= 1  # nobody who has room for full precision wants less
             continue
         progress(len(options), total)

@@ -5,6 +5,7 @@ Imports torch only where an account is missing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def on_gpus(
 
 def make_account(run: Run, data: Data, target: Target, *, data_root: Path, results: Path) -> Account | NoAccount:
     """The account of a run, or the reason why its step cannot be run without contents."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # kernels that no plan computes with
     with collection_paused():
         import torch
 

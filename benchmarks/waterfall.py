@@ -1,0 +1,200 @@
+"""What each setting of the training loop brings: speed and memory, one setting after the other, at the same loss.
+
+    python benchmarks/waterfall.py                   # CPU, about ten minutes; prints the table
+    python benchmarks/waterfall.py --rounds 5 --output benchmarks/results/waterfall-cpu.json
+
+One epoch over the same rows in every setting, with lengths spread as in GSM8K (log-normal, prompts of about 110 and
+answers of about 130 tokens) and a vocabulary that is large for the model. The learning rate is so small that no weight
+moves, so the mean loss of a label token must be the same in all settings: a setting that is fast because it leaves
+something out is caught here. Settings take turns; a ratio is taken within a round, its interval is a t interval of its
+logarithm over the rounds. Throughput counts real tokens, never padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import architecture
+
+from tunemap import corpora, models
+from tunemap.config import DatasetConfig, Factors, LocalModel, RandomModel
+from tunemap.data import sources, tokens
+from tunemap.files import read_json
+from tunemap.measure.environment import environment
+from tunemap.run import Run
+from tunemap.statistics import mean
+from tunemap.training.launch import Paths, launch
+
+HIDDEN, LAYERS, VOCABULARY = 256, 6, 16384
+ROWS, MAX_LENGTH = 16, 512
+PROMPT, ANSWER, SPREAD = 110, 130, 0.4  # median tokens, and the standard deviation of their logarithm
+ALLOWED = 1e-5  # relative difference of losses: float32 sums in another order
+STILL = 1e-12  # a learning rate that moves no weight
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "padded to max_length": {"batching": "fixed_length"},
+    "padded to the longest": {"batching": "longest"},
+    "similar lengths together": {"batching": "length_grouped"},
+    "packed": {"batching": "packed", "per_device_batch_size": 2},
+    "packed, logits of labels": {"batching": "packed", "per_device_batch_size": 2, "logits": "label_tokens"},
+}
+
+
+def prepare(folder: Path) -> None:
+    """Model, rows and tokens in `folder`."""
+    (folder / "architecture").mkdir(parents=True)
+    (folder / "architecture" / "config.json").write_text(json.dumps(architecture(HIDDEN, LAYERS, VOCABULARY)))
+    corpora.build_arithmetic_tokenizer().save_pretrained(folder / "tokenizer")
+    model = RandomModel(source="random", config="architecture", tokenizer="tokenizer")
+    models.prepare(model, folder / "model", data_root=folder)
+    rng = np.random.default_rng(0)
+
+    def digits(median: int) -> str:
+        count = min(MAX_LENGTH // 2 - 20, round(median * float(rng.lognormal(0.0, SPREAD))))
+        return " ".join(map(str, rng.integers(0, 10, count)))
+
+    for name, count in (("train", ROWS), ("test", 1)):
+        rows = [{"prompt": digits(PROMPT), "answer": digits(ANSWER)} for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {
+        "train_file": "train.jsonl",
+        "test_file": "test.jsonl",
+        "prompt_field": "prompt",
+        "answer_field": "answer",
+    }
+    dataset = DatasetConfig(task="generation", source="file", **fields)
+    sources.prepare(dataset, folder / "dataset", data_root=folder)
+    tokens.tokenize(
+        folder / "dataset",
+        folder / "model",
+        folder / "tokens",
+        max_length=MAX_LENGTH,
+        prompt_template=None,
+        system_prompt=None,
+    )
+
+
+def run_of(method: str, threads: int, setting: dict[str, Any]) -> Run:
+    """One epoch in a setting."""
+    factors = {
+        "per_device_batch_size": 4,
+        "max_length": MAX_LENGTH,
+        "epochs": 1.0,
+        "learning_rate": STILL,
+        "threads_per_process": threads,
+        "measurement_warmup_steps": 2,
+    }
+    return Run.model_validate(
+        {
+            "id": "waterfall",
+            "model_name": "made",
+            "model": LocalModel(source="local", path="model"),
+            "dataset_name": "rows",
+            "dataset": DatasetConfig(task="generation", source="local", path="dataset", accept_truncation=True),
+            "method_name": method,
+            "method": {"kind": "lora", "rank": 16} if method == "lora" else {"kind": "full"},
+            "prompt_template": None,
+            "factors": Factors(**(factors | setting)),
+        }
+    )
+
+
+def measure(run: Run, prepared: Path) -> dict[str, float]:
+    """Train once: real tokens per second, peak memory, and the mean loss of a label token over the epoch."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        folders = {one: prepared / one for one in ("model", "dataset", "tokens")}
+        paths = Paths(**folders, work=work / "work", weights=work / "weights", steps=work / "steps.csv",
+                      outcome=work / "outcome.json")  # fmt: skip
+        launch(run, paths, device="auto")
+        outcome = read_json(paths.outcome)
+        if outcome["outcome"] != "ok":
+            raise SystemExit(f"{run.factors.batching}: {outcome['outcome']}: {outcome['reason']}")
+        with paths.steps.open() as file:
+            steps = list(csv.DictReader(file))
+    labels = [int(step["label_tokens"]) for step in steps]
+    losses = [float(step["loss"]) for step in steps]
+    measured = outcome["measurements"]
+    return {
+        "tokens_per_second": measured["tokens_per_second"],
+        "peak_bytes": measured["peak_allocated_bytes"],
+        "label_tokens": sum(labels),
+        "loss": float(np.average(losses, weights=labels)),
+    }
+
+
+def waterfall(method: str, prepared: Path, rounds: int, threads: int) -> list[dict[str, Any]]:
+    """Every setting, `rounds` times in turn, against the first and against the one before it."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
+    for turn in range(rounds):
+        names = list(SETTINGS) if turn % 2 == 0 else list(reversed(SETTINGS))
+        for name in names:
+            print(f"{method}, round {turn + 1}/{rounds}: {name}", flush=True)
+            results[name].append(measure(run_of(method, threads, SETTINGS[name]), prepared))
+    first = next(iter(SETTINGS))
+    table, before = [], first
+    for name, found in results.items():
+        apart = abs(found[0]["loss"] / results[first][0]["loss"] - 1)
+        if apart > ALLOWED or found[0]["label_tokens"] != results[first][0]["label_tokens"]:
+            raise SystemExit(f"{name}: the loss differs by {apart:.1e} from that of '{first}': not the same work")
+        table.append(
+            {
+                "method": method,
+                "setting": name,
+                "tokens_per_second": float(np.median([one["tokens_per_second"] for one in found])),
+                "peak_bytes": found[0]["peak_bytes"],
+                "loss_relative_difference": apart,
+                "speed_up": _ratio(found, results[first]),
+                "speed_up_of_the_step": _ratio(found, results[before]),
+            }
+        )
+        before = name
+    return table
+
+
+def _ratio(above: list[dict[str, float]], below: list[dict[str, float]]) -> dict[str, float]:
+    """Geometric mean of the throughputs' ratio over the rounds, with its interval."""
+    logarithms = [np.log(a["tokens_per_second"] / b["tokens_per_second"]) for a, b in zip(above, below, strict=True)]
+    return {name: math.exp(value) for name, value in asdict(mean(logarithms)).items()}
+
+
+def main() -> None:
+    """Read the command line, measure, print and keep the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="json file to keep the results in")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder) / "prepared")
+        table = [
+            row
+            for method in arguments.methods
+            for row in waterfall(method, Path(folder) / "prepared", arguments.rounds, arguments.threads)
+        ]
+    print(
+        f"\n{'method':6s} {'setting':26s} {'tokens/s':>8s}  {'of the first':22s} {'of the one before':22s} {'peak MB':>7s}"
+    )
+    for row in table:
+        shown = [
+            f"{one['estimate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+            for one in (row["speed_up"], row["speed_up_of_the_step"])
+        ]
+        rate, peak = f"{row['tokens_per_second']:8.0f}", f"{row['peak_bytes'] / 1e6:7.1f}"
+        print(f"{row['method']:6s} {row['setting']:26s} {rate}  {shown[0]:22s} {shown[1]:22s} {peak}")
+    if arguments.output:
+        described = environment(Path(__file__).resolve().parents[1]).as_dict()
+        arguments.output.write_text(json.dumps({"rows": table, "environment": described}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -44,6 +44,7 @@ bench: install ## print what the instruments cost, GoRA beside LoRA, planned bes
 	python benchmarks/agreement.py
 	python benchmarks/extraction.py
 	python benchmarks/planner.py
+	python benchmarks/waterfall.py
 	python benchmarks/planner.py --published
 	python benchmarks/planner.py --large
 	python benchmarks/report.py

@@ -34,7 +34,7 @@ from tunemap.statistics import mean
 from tunemap.training.launch import Paths, launch
 
 HIDDEN, LAYERS, VOCABULARY = 256, 6, 16384
-ROWS, MAX_LENGTH = 16, 512
+ROWS, MAX_LENGTH = 64, 512
 PROMPT, ANSWER, SPREAD = 110, 130, 0.4  # median tokens, and the standard deviation of their logarithm
 ALLOWED = 1e-5  # relative difference of losses: float32 sums in another order
 STILL = 1e-12  # a learning rate that moves no weight
@@ -181,9 +181,8 @@ def main() -> None:
             for method in arguments.methods
             for row in waterfall(method, Path(folder) / "prepared", arguments.rounds, arguments.threads)
         ]
-    print(
-        f"\n{'method':6s} {'setting':26s} {'tokens/s':>8s}  {'of the first':22s} {'of the one before':22s} {'peak MB':>7s}"
-    )
+    columns = f"{'method':6s} {'setting':26s} {'tokens/s':>8s}"
+    print(f"\n{columns}  {'of the first':22s} {'of the one before':22s} {'peak MB':>7s}")
     for row in table:
         shown = [
             f"{one['estimate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"

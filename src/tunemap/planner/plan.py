@@ -6,7 +6,7 @@ Imports torch only where an account is missing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from tunemap.planner import cache
 from tunemap.planner.cache import NoAccount, account_key, predict, read_account, target_of, write_account
 from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
-from tunemap.planner.prediction import Account, Data, Prediction, copies_of_gloo
+from tunemap.planner.prediction import ON_GPUS, Account, Data, Prediction, copies_of_gloo
 from tunemap.run import Run
 from tunemap.startup import collection_paused
 
-ON_GPUS = "on_gpus"  # of a run in predictions.json
 SHOWN_ON_GPUS = (
     "device", "memory_bytes", "device_peak_bytes", "verdict", "step_seconds_low", "step_seconds_high",
     "tokens_per_step", "cost_low", "cost_high", "currency",
@@ -134,14 +133,3 @@ def make_account(run: Run, data: Data, target: Target, *, data_root: Path, resul
         return NoAccount(f"{run.method_name} cannot be run without contents ({where})")
     finally:
         torch.set_num_threads(threads)
-
-
-def summary(found: Mapping[str, Prediction]) -> dict[str, float]:
-    """Totals over runs: seconds, energy and money at both ends, and what the runs that cannot fit would take of it."""
-    totals: dict[str, float] = {}
-    for name in ("seconds", "energy_joules", "cost"):
-        for end in ("low", "high"):
-            key = f"{name}_{end}"
-            totals[key] = sum(getattr(one, key) or 0.0 for one in found.values())
-            totals[f"{key}_of_cannot"] = sum(getattr(one, key) or 0.0 for one in found.values() if one.fits is False)
-    return totals

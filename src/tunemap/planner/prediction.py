@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 Verdict = Literal["fits", "tight", "cannot", "unknown"]
+ON_GPUS = "on_gpus"  # of a run in predictions.json: what it comes to on each described GPU
 
 
 @dataclass(frozen=True)

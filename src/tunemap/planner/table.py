@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunemap.planner.plan import summary
 from tunemap.planner.prediction import Prediction
 
 GIB = 1 << 30
@@ -74,6 +73,17 @@ def totals(found: Mapping[str, Prediction]) -> list[str]:
     if untimed:
         lines.append(f"no time for {untimed} runs: their number of steps or their device's speed is not known")
     return lines
+
+
+def summary(found: Mapping[str, Prediction]) -> dict[str, float]:
+    """Totals over runs: seconds, energy and money at both ends, and what the runs that cannot fit would take of it."""
+    totals: dict[str, float] = {}
+    for name in ("seconds", "energy_joules", "cost"):
+        for end in ("low", "high"):
+            key = f"{name}_{end}"
+            totals[key] = sum(getattr(one, key) or 0.0 for one in found.values())
+            totals[f"{key}_of_cannot"] = sum(getattr(one, key) or 0.0 for one in found.values() if one.fits is False)
+    return totals
 
 
 def span(low: float | None, high: float | None, words: Callable[[float], str]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.planner.calibration import read_predictions
-from tunemap.planner.plan import ON_GPUS
+from tunemap.planner.prediction import ON_GPUS
 from tunemap.planner.table import span
 from tunemap.report.extras import Table
 from tunemap.report.scene import point_runs

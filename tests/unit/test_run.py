@@ -126,6 +126,7 @@ def test_every_factor_is_in_the_digest_that_it_belongs_to(name):
         "strategy": "ddp", "batching": "packed", "precision": "bf16", "gradient_checkpointing": True,
         "attention": "eager", "compile": True, "optimizer": "adamw_8bit", "schedule": "cosine",
         "fsdp_unit": "model", "extraction": "hpml", "reshard_after_forward": False,
+        "logits": "label_tokens",
     }  # fmt: skip
     run, other = make(), make(**{name: changes.get(name, 77)})
     assert run.evaluation_digest != other.evaluation_digest

@@ -74,4 +74,4 @@ rule extract:
     params:
         roofline=roofline_option,
     shell:
-        "python {input.code[0]} --capture {input.capture} {params.roofline} --facts {output} >{log} 2>&1"
+        "python {input.code[0]} --capture {input.capture} {params.roofline:q} --facts {output} >{log} 2>&1"

@@ -291,7 +291,7 @@ def roofline_capture(wildcards):
 
 
 def roofline_option(wildcards, input):
-    return f"--roofline {input.roofline}" if input.roofline else ""
+    return ["--roofline", input.roofline] if input.roofline else []
 
 
 def facts(wildcards):

@@ -50,7 +50,7 @@ def capture(run: Run, *, model: Path, tokens: Path, outcome: Path, folder: Path,
             result |= {"outcome": failure.outcome, "reason": failure.reason, "failure": asdict(failure)}
         else:
             result |= _against(trained["measurements"]["step_time_mean_s"], folder)
-            gpus = trained["environment"].get("gpus") or [{}]
+            gpus = trained.get("environment", {}).get("gpus") or [{}]
             result |= {"device_name": gpus[0].get("name"), "precision": run.factors.precision}
     write_sealed(folder / "capture.json", result)
     print(f"capture: {result['outcome']}" + (f": {result['reason']}" if result["reason"] else ""), flush=True)

@@ -190,7 +190,7 @@ class _Seen:
 
 
 def _two_steps(
-    run: Run, state: TrainingState, precision: Precision, batch: BatchShape, block_bytes: int, loss_of: LossOf
+    run: Run, state: TrainingState, precision: Precision, batch: BatchShape, block_bytes: int, loss_of: LossOf | None
 ) -> _Seen:
     """Count a step and track its memory, once the optimizer has its state.
 

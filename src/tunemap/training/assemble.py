@@ -28,7 +28,7 @@ from tunemap.run import Run
 from tunemap.training.costs import Costs, closed_form
 from tunemap.training.effects import adapter_layers, expected_trainable, model_gates
 from tunemap.training.label_logits import LabelLogits
-from tunemap.training.loop import TrainingState, loss_sum
+from tunemap.training.loop import TrainingState
 from tunemap.training.optimizer import optimizer_of
 from tunemap.training.precision import DTYPES, PRECISIONS, Precision
 
@@ -45,7 +45,7 @@ class Assembled:
     parameters: ParameterCounts
     blocks: list[nn.Module]
     costs: Costs | None
-    loss_of: LossOf
+    loss_of: LossOf | None  # None: `loop.loss_sum`
     estimation_peak_bytes: int | None
     gates: list[GateResult]
     facts: dict[str, Any]
@@ -128,13 +128,13 @@ def assemble(
     return Assembled(state, precision, parameters, blocks, costs, loss_of, adapted.estimation_peak_bytes, gates, facts)
 
 
-def loss_function(model: nn.Module, run: Run) -> LossOf:
-    """What turns a batch into a summed loss, as factor `logits` says.
+def loss_function(model: nn.Module, run: Run) -> LossOf | None:
+    """What turns a batch into a summed loss where factor `logits` asks for another than `loop.loss_sum`.
 
     `model` has its adapters, and is not wrapped for several devices yet. Raises UnsupportedRunError where the model's
     output layer does not allow what the factor asks for.
     """
-    return LabelLogits(model).loss_sum if run.factors.logits == "label_tokens" else loss_sum
+    return LabelLogits(model).loss_sum if run.factors.logits == "label_tokens" else None
 
 
 def _estimation_batches(run: Run, tokens: Tokens, world: World, *, shared: bool) -> Batches:

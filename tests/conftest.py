@@ -20,6 +20,7 @@ SHARED_BY_FOLDER = ("workflow",)  # folders whose tests share a costly fixture, 
 LONGEST_FIRST = ("workflow", "slurm", "distributed", "chaos")  # or one process would be left with them at the end
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests together that share a fixture when several processes share the suite: by folder, else by file."""
     for item in items:

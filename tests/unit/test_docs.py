@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,9 @@ def test_citation_says_the_version_of_the_package():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_the_page_on_performance_says_what_was_measured(repository):
+    benchmark = runpy.run_path(str(repository / "benchmarks" / "performance.py"))
+    assert benchmark["page"]() == (repository / "docs" / "performance.md").read_text()
+    assert benchmark["page"](repository / "absent").count("\n## ") == 0  # nothing is said of what was not measured

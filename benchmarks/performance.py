@@ -1,0 +1,231 @@
+"""Writes docs/performance.md from the results of the benchmarks, so that its numbers are those that were measured.
+
+python benchmarks/performance.py             # writes it
+python benchmarks/performance.py --check     # fails if it is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "performance.md"
+INTRODUCTION = """# Performance
+
+What TuneMap costs, and what its settings bring. Every table is written by `python benchmarks/performance.py` from a
+file in `benchmarks/results`, which holds the machine with its versions; a table that is missing here has not been
+measured. Ratios and processor time travel between machines, seconds do not. No result of a GPU is among them yet.
+"""
+
+
+def page(results: Path = RESULTS) -> str:
+    """The whole page."""
+    sections = (overhead, waterfall, peers, gora, extraction, report, scale)
+    return "\n".join([INTRODUCTION, *(text for section in sections if (text := section(results)))])
+
+
+def _read(results: Path, name: str) -> dict[str, Any] | None:
+    path = results / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _interval(found: dict[str, float], digits: int = 3) -> str:
+    middle = found.get("estimate", found.get("ratio"))
+    return f"{middle:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+
+
+def _machine(found: dict[str, Any]) -> str:
+    cpu = found["environment"]["cpu"]
+    return f"*{cpu['model']}, {cpu['usable_cores']} cores, torch {found['environment']['packages']['torch']}.*\n"
+
+
+def overhead(results: Path) -> str:
+    """What the instruments of the loop cost."""
+    found = _read(results, "overhead-cpu")
+    if found is None:
+        return ""
+    rows = [
+        ["instrumented / bare loop", _interval(found["wall"], 4), _interval(found["cpu"], 4)],
+        ["bare / bare loop (null comparison)", _interval(found["null_wall"], 4), _interval(found["null_cpu"], 4)],
+    ]
+    return (
+        "## The instruments\n\n"
+        f"The training loop with its clocks, records and signs of life beside a bare PyTorch loop that does the same "
+        f"work, {found['parameters'] / 1e6:.0f} million parameters, {found['blocks']} paired blocks "
+        f"(`benchmarks/overhead.py`). Alone, the instruments take {found['instruments_alone_s'] * 1e6:.0f} µs a step, "
+        f"{found['instruments_alone_share']:.2%} of it.\n\n"
+        + _table(["step time", "by the clock", "processor time"], rows)
+        + "\n"
+        + _machine(found)
+    )
+
+
+def waterfall(results: Path) -> str:
+    """What settings bring, one after the other."""
+    found = _read(results, "waterfall-cpu")
+    if found is None:
+        return ""
+    rows = [
+        [
+            f"{row['method']}: {row['setting']}",
+            f"{row['tokens_per_second']:.0f}",
+            _interval(row["speed_up"], 2),
+            _interval(row["speed_up_of_the_step"], 2),
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['loss_relative_difference']:.0e}",
+        ]
+        for row in found["rows"]
+    ]
+    return (
+        "## Settings that make training faster\n\n"
+        "One epoch over the same rows, with lengths spread as in GSM8K; real tokens per second, padding not counted. "
+        "No weight moves, so every setting must have the same loss, and the benchmark fails where it has not "
+        "(`benchmarks/waterfall.py`).\n\n"
+        + _table(["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"], rows)
+        + "\n"
+        + _machine(found)
+    )
+
+
+def peers(results: Path) -> str:
+    """The loop beside those of others."""
+    found = _read(results, "peers-cpu")
+    if found is None:
+        return ""
+    rows = [
+        [f"{row['size']}, {row['method']}: {row['contestant']}", "did not run: " + row["error"], "", ""]
+        if "error" in row
+        else [
+            f"{row['size']}, {row['method']}: {row['contestant']}",
+            f"{row['tokens_per_second']:.0f}",
+            _interval(row["ratio"]),
+            _interval(row["cpu_time_ratio"]),
+        ]
+        for row in found["rows"]
+    ]
+    return (
+        "## Beside other tools\n\n"
+        "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
+        "over 1 says that TuneMap is faster (`benchmarks/peers.py`).\n\n"
+        + _table(["contestant", "tokens/s", "ours / its", "in processor time"], rows)
+        + "\n"
+        + _machine(found)
+    )
+
+
+def gora(results: Path) -> str:
+    """GoRA's step beside LoRA's."""
+    found = _read(results, "gora-throughput-cpu")
+    if found is None:
+        return ""
+    rows = [
+        [name, _interval(one["throughput_to_lora"]["cpu"]), f"{one['trainable_parameters']:,}"]
+        for name, one in found["variants"].items()
+        if name != "lora"
+    ]
+    return (
+        "## GoRA beside LoRA\n\n"
+        "Training throughput at the same budget of parameters (`benchmarks/gora_throughput.py`).\n\n"
+        + _table(["variant", "of LoRA's, processor time", "trained parameters"], rows)
+        + "\n"
+        + _machine(found)
+    )
+
+
+def extraction(results: Path) -> str:
+    """Reading of profiles, as they grow."""
+    found = _read(results, "extraction-cpu")
+    if found is None:
+        return ""
+    rows = [
+        [
+            f"{one['kernels']:,}",
+            f"{one['file_mb']:,.0f}",
+            f"{one['total_s']:.2f}",
+            f"{one['processor_s']:.2f}",
+            f"{one['peak_mb']:.0f}",
+        ]
+        for one in found["sizes"]
+    ]
+    return (
+        "## Facts of a profile\n\n"
+        "All facts of an nsys export of four processes, every figure equal to the generator's truth "
+        "(`benchmarks/extraction.py`).\n\n"
+        + _table(["kernels", "file MB", "seconds", "processor seconds", "peak MB"], rows)
+        + "\n"
+        + _machine(found)
+    )
+
+
+def report(results: Path) -> str:
+    """Tables, page and database, as a study grows."""
+    found = _read(results, "report-cpu")
+    if found is None:
+        return ""
+    rows = [
+        [
+            f"{one['runs']:,.0f}",
+            f"{one['tables_s']:.1f}",
+            f"{one['page_s']:.1f}",
+            f"{one['database_s']:.1f}",
+            f"{one['page_bytes'] / 1e6:.1f}",
+            f"{one['peak_bytes'] / 1e6:.0f}",
+        ]
+        for one in found["sizes"]
+    ]
+    return (
+        "## Report\n\n"
+        "Processor seconds, without figures (`benchmarks/report.py`).\n\n"
+        + _table(["runs", "tables", "page", "database", "page MB", "peak MB"], rows)
+        + "\n"
+        + _machine(found)
+    )
+
+
+def scale(results: Path) -> str:
+    """Plan, dry run and collection, as a study grows."""
+    found = _read(results, "scale-cpu")
+    if found is None:
+        return ""
+    stages = ("plan", "dry_run", "collect")
+    rows = [
+        [
+            f"{one['runs']:,}",
+            *(f"{one[stage]['processor_s']:.1f} s, {one[stage]['peak_bytes'] / 1e6:.0f} MB" for stage in stages),
+        ]
+        for one in found["sizes"]
+    ]
+    return (
+        "## Large studies\n\n"
+        "Processor time and peak memory of `tunemap plan`, `snakemake -n` and the tables (`benchmarks/scale.py`).\n\n"
+        + _table(["runs", "plan", "dry run", "tables"], rows)
+        + "\n"
+        + _machine(found)
+    )
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    text = page()
+    if not parser.parse_args().check:
+        PAGE.write_text(text)
+        return 0
+    if PAGE.exists() and PAGE.read_text() == text:
+        return 0
+    print(f"{PAGE} is not what the results say: run python benchmarks/performance.py")
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

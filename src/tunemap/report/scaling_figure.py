@@ -16,6 +16,7 @@ from tunemap.report.formats import records
 from tunemap.report.scene import AXIS, FAILURE_COLOUR, PAPER, WIDTH, Row, Scene
 
 DASHES: dict[str, Any] = {"ddp": "-", "fsdp": (0, (5, 2)), "hybrid": (0, (1.5, 1.5)), "single": "-"}
+HEADROOM = 1.15  # of the highest value or ideal; intervals from two runs may reach ten times beyond
 SIDE_STEP = 0.035  # of a doubling, between curves, so that intervals at one number of devices do not cover each other
 MODES = {"weak": "each device keeps its batch (weak scaling)", "strong": "the global batch stays (strong scaling)"}
 _POINT = ("model", "dataset", "method", "strategy", "gpus", "per_device_batch_size", "gradient_accumulation")
@@ -38,15 +39,16 @@ def draw_scaling(scene: Scene) -> tuple[Figure, str, str] | None:
     for axes, (title, unit, name, factor) in zip(figure.subplots(1, 2), panels, strict=True):
         ideal = [factor if name == "efficiency" else count for count in devices]
         axes.plot(devices, ideal, "-", color=AXIS, linewidth=1, zorder=0)
+        top = HEADROOM * max(*ideal, *(v * factor for curve in curves for row in curve if (v := getattr(row, name))))
         for index, curve in enumerate(curves):
             beside = 2 ** (SIDE_STEP * (index - (len(curves) - 1) / 2))
-            _draw_curve(axes, scene, curve, name, factor, beside)
+            _draw_curve(axes, scene, curve, name, factor, beside, top)
             _mark_failures(axes, [row for row in curve if failed[_point(row)]], name, factor, beside)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(devices))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, top)
         axes.set_xlabel("devices")
         axes.set_ylabel(unit)
         axes.set_title(title)
@@ -69,7 +71,8 @@ def _style(scene: Scene, row: ScalingRow) -> dict[str, Any]:
     return {"marker": marker, "color": colour, "linestyle": DASHES[row.strategy], "linewidth": 1.4}
 
 
-def _draw_curve(axes: Axes, scene: Scene, curve: Curve, name: str, factor: float, beside: float) -> None:
+def _draw_curve(axes: Axes, scene: Scene, curve: Curve, name: str, factor: float, beside: float, top: float) -> None:
+    """The points of a curve with their intervals; an arrow at `top` says that an interval goes on beyond it."""
     known = [row for row in curve if getattr(row, name) is not None]
     places = [row.gpus * beside for row in known]
     values = [getattr(row, name) * factor for row in known]
@@ -78,7 +81,10 @@ def _draw_curve(axes: Axes, scene: Scene, curve: Curve, name: str, factor: float
     for place, row in zip(places, known, strict=True):
         low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
         if low is not None:
-            axes.plot([place, place], [low * factor, high * factor], "-", color=style["color"], linewidth=1.4)
+            ends = [low * factor, min(high * factor, top)]
+            axes.plot([place, place], ends, "-", color=style["color"], linewidth=1.4)
+            if high * factor > top:
+                axes.plot([place], [top], "^", color=style["color"], markersize=6, clip_on=False)
 
 
 def _mark_failures(axes: Axes, rows: Curve, name: str, factor: float, beside: float) -> None:
@@ -119,6 +125,9 @@ def _caption(curves: Sequence[Curve], failed: Failed) -> str:
         f"means with its 95 % interval, n = {repeats} runs per point; without a line there are too few runs for an "
         "interval. Grey is ideal. Curves stand a little beside each other."
     )
+    frame = HEADROOM * max([*(row.gpus for row in rows), *(row.speed_up for row in rows if row.speed_up)])
+    if any(row.speed_up_high is not None and row.speed_up_high > frame for row in rows):
+        caption += " An arrow at the top: the interval goes on beyond the frame; more seeds would narrow it."
     crosses = sum(failed.values())
     return caption + (f" A cross marks points with runs that failed ({crosses} in all)." if crosses else "")
 

@@ -43,7 +43,21 @@ def test_speed_up_and_efficiency_stand_over_the_number_of_devices_with_their_int
     assert list(lines(efficiency)[0].get_ydata()) == [100, 100]
     assert "n = 3 runs per point" in caption
     assert "failed" not in caption
+    assert "arrow" not in caption
     assert "lora · ddp: 1 1.00 and 100 %, 2 1.85 and 92 %" in alt
+
+
+def test_an_interval_from_two_runs_does_not_squeeze_the_values():
+    runs = [run(1, v, seed=s) for s, v in enumerate((100.0, 101.0))]
+    runs += [run(2, v, seed=s) for s, v in enumerate((120.0, 250.0))]
+    figure, caption, _ = draw_scaling(scene(*runs))
+    speed_up = figure.axes[0]
+    assert speed_up.get_ylim() == (0, pytest.approx(2.3))
+    arrows = [
+        line for line in lines(speed_up, METHOD_COLOURS[1]) if line.get_marker() == "^" and len(line.get_xdata()) == 1
+    ]
+    assert [list(arrow.get_ydata()) for arrow in arrows] == [[pytest.approx(2.3)]]
+    assert "An arrow at the top: the interval goes on beyond the frame" in caption
 
 
 def test_each_method_and_strategy_has_a_curve_of_its_own():

@@ -59,7 +59,7 @@ def prepare(folder: Path) -> None:
 
     def digits(median: int) -> str:
         count = min(MAX_LENGTH // 2 - 20, round(median * float(rng.lognormal(0.0, SPREAD))))
-        return " ".join(map(str, rng.integers(0, 10, count)))
+        return "".join(map(str, rng.integers(0, 10, count)))  # a token each
 
     for name, count in (("train", ROWS), ("test", 1)):
         rows = [{"prompt": digits(PROMPT), "answer": digits(ANSWER)} for _ in range(count)]

@@ -1,7 +1,5 @@
 # What this checkout can do; `make` alone lists it. A Python of 3.11 or newer is all it needs.
 PYTHON ?= python3
-# Some tests wait for a scheduler or a limit: one process more than cores keeps all of them at work.
-TEST_PROCESSES ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) + 1))")
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
@@ -27,7 +25,7 @@ demo: install ## run the default study on this machine's CPU and write its repor
 	@echo "The report: $(abspath results/quickstart/report.html)"
 
 test: install lint ## run every test
-	pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+	pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 slurm-campaign: install ## disturb runs on a real Slurm, run whole studies there (an hour), print what a job costs
 	pytest -m slow_slurm tests/slurm

@@ -431,6 +431,8 @@ from pathlib import Path
 work, rank, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 (work.parent / f"pid{rank}").write_text(str(os.getpid()))
 (work / f"heartbeat.rank{rank}").write_text(f"{7 + rank} forward")
+while not (work.parent / "pid0").exists():
+    time.sleep(0.01)
 if rank == 1 and how == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(3600)

@@ -34,7 +34,7 @@ from tunemap.statistics import mean
 from tunemap.training.launch import Paths, launch
 
 HIDDEN, LAYERS, VOCABULARY = 256, 6, 16384
-ROWS, MAX_LENGTH = 64, 512
+ROWS, MAX_LENGTH = 56, 512  # 56 rows make 36 packed ones: whole batches of 4 and of 2, so that no row is left out
 PROMPT, ANSWER, SPREAD = 110, 130, 0.4  # median tokens, and the standard deviation of their logarithm
 ALLOWED = 1e-5  # relative difference of losses: float32 sums in another order
 STILL = 1e-12  # a learning rate that moves no weight

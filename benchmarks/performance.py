@@ -33,19 +33,17 @@ def _read(results: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], found: dict[str, Any]) -> str:
+    """A table of what was `found`, and the machine below it."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    cpu, packages = found["environment"]["cpu"], found["environment"]["packages"]
+    machine = f"*{cpu['model']}, {cpu['usable_cores']} cores, torch {packages['torch']}.*\n"
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n" + machine
 
 
 def _interval(found: dict[str, float], digits: int = 3) -> str:
     middle = found.get("estimate", found.get("ratio"))
     return f"{middle:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
-
-
-def _machine(found: dict[str, Any]) -> str:
-    cpu = found["environment"]["cpu"]
-    return f"*{cpu['model']}, {cpu['usable_cores']} cores, torch {found['environment']['packages']['torch']}.*\n"
 
 
 def overhead(results: Path) -> str:
@@ -63,9 +61,7 @@ def overhead(results: Path) -> str:
         f"work, {found['parameters'] / 1e6:.0f} million parameters, {found['blocks']} paired blocks "
         f"(`benchmarks/overhead.py`). Alone, the instruments take {found['instruments_alone_s'] * 1e6:.0f} µs a step, "
         f"{found['instruments_alone_share']:.2%} of it.\n\n"
-        + _table(["step time", "by the clock", "processor time"], rows)
-        + "\n"
-        + _machine(found)
+        + _table(["step time", "by the clock", "processor time"], rows, found)
     )
 
 
@@ -90,9 +86,7 @@ def waterfall(results: Path) -> str:
         "One epoch over the same rows, with lengths spread as in GSM8K; real tokens per second, padding not counted. "
         "No weight moves, so every setting must have the same loss, and the benchmark fails where it has not "
         "(`benchmarks/waterfall.py`).\n\n"
-        + _table(["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"], rows)
-        + "\n"
-        + _machine(found)
+        + _table(["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"], rows, found)
     )
 
 
@@ -116,9 +110,7 @@ def peers(results: Path) -> str:
         "## Beside other tools\n\n"
         "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
         "over 1 says that TuneMap is faster (`benchmarks/peers.py`).\n\n"
-        + _table(["contestant", "tokens/s", "ours / its", "in processor time"], rows)
-        + "\n"
-        + _machine(found)
+        + _table(["contestant", "tokens/s", "ours / its", "in processor time"], rows, found)
     )
 
 
@@ -135,9 +127,7 @@ def gora(results: Path) -> str:
     return (
         "## GoRA beside LoRA\n\n"
         "Training throughput at the same budget of parameters (`benchmarks/gora_throughput.py`).\n\n"
-        + _table(["variant", "of LoRA's, processor time", "trained parameters"], rows)
-        + "\n"
-        + _machine(found)
+        + _table(["variant", "of LoRA's, processor time", "trained parameters"], rows, found)
     )
 
 
@@ -160,9 +150,7 @@ def extraction(results: Path) -> str:
         "## Facts of a profile\n\n"
         "All facts of an nsys export of four processes, every figure equal to the generator's truth "
         "(`benchmarks/extraction.py`).\n\n"
-        + _table(["kernels", "file MB", "seconds", "processor seconds", "peak MB"], rows)
-        + "\n"
-        + _machine(found)
+        + _table(["kernels", "file MB", "seconds", "processor seconds", "peak MB"], rows, found)
     )
 
 
@@ -182,12 +170,8 @@ def report(results: Path) -> str:
         ]
         for one in found["sizes"]
     ]
-    return (
-        "## Report\n\n"
-        "Processor seconds, without figures (`benchmarks/report.py`).\n\n"
-        + _table(["runs", "tables", "page", "database", "page MB", "peak MB"], rows)
-        + "\n"
-        + _machine(found)
+    return "## Report\n\nProcessor seconds, without figures (`benchmarks/report.py`).\n\n" + _table(
+        ["runs", "tables", "page", "database", "page MB", "peak MB"], rows, found
     )
 
 
@@ -207,9 +191,7 @@ def scale(results: Path) -> str:
     return (
         "## Large studies\n\n"
         "Processor time and peak memory of `tunemap plan`, `snakemake -n` and the tables (`benchmarks/scale.py`).\n\n"
-        + _table(["runs", "plan", "dry run", "tables"], rows)
-        + "\n"
-        + _machine(found)
+        + _table(["runs", "plan", "dry run", "tables"], rows, found)
     )
 
 

@@ -31,7 +31,7 @@ COMMANDS = (
     Command("advise", "methods, strategies and batches that fit a model on given GPUs",
             "tunemap.planner.advise_command", "add_advise_arguments", "run_advise"),
     Command("max-batch", "the largest batch or length of a run that a device holds",
-            "tunemap.planner.largest", "add_max_batch_arguments", "run_max_batch"),
+            "tunemap.planner.max_batch_command", "add_max_batch_arguments", "run_max_batch"),
     Command("explain", "every factor of a run, and where its value came from", "tunemap.inspect",
             "add_explain_arguments", "run_explain"),
     Command("diff", "the factors in which two runs differ", "tunemap.inspect", "add_diff_arguments", "run_diff"),

@@ -128,7 +128,8 @@ def predict(
     parts = devices.device_bytes(account, target, devices=factors.gpus)
     needed = sum(parts.values())
     host = devices.host_bytes(account, target)
-    verdict, reason = devices.verdict(needed if target.on_gpu else host, target, processes=factors.gpus)
+    decisive = devices.needed_bytes(account, target, devices=factors.gpus)
+    verdict, reason = devices.verdict(decisive, target, processes=factors.gpus)
     narrower = min(1.0, data.mean_width / account.batch.width)
     flops = time.at_width(account.work, narrower).flops + account.optimizer.flops
     return Prediction(

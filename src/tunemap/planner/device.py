@@ -70,6 +70,13 @@ def host_bytes(account: Account, target: Target) -> int:
     return PYTHON_BYTES + round(account.peak_bytes * (1 + HEAP_SHARE))
 
 
+def needed_bytes(account: Account, target: Target, *, devices: int) -> int:
+    """What one process takes of the memory that decides: its GPU's, or the machine's where there is none."""
+    return (
+        sum(device_bytes(account, target, devices=devices).values()) if target.on_gpu else host_bytes(account, target)
+    )
+
+
 def verdict(needed_bytes: int, target: Target, *, processes: int) -> tuple[Verdict, str]:
     """Whether that fits, and why not; `processes` share the memory where the device is a CPU."""
     if target.memory_bytes is None:

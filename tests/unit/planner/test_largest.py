@@ -1,9 +1,12 @@
 """The search for the largest batch or length, against trying every one."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunemap import corpora
 from tunemap.cli import main
 from tunemap.planner.largest import Largest, Probe, confirmed, largest_below
 
@@ -89,3 +92,11 @@ def test_a_base_model_has_no_batch(repository, capsys):
     study = str(repository / "config" / "config.yaml")
     assert main(["max-batch", "tiny-qwen2.arithmetic.base", "--study", study]) == 1
     assert "is not trained" in capsys.readouterr().err
+
+
+def test_no_length_is_found_that_the_model_was_not_made_for(repository, tmp_path, capsys):
+    study = str(repository / "config" / "config.yaml")
+    roomy = ["--memory-gb", "4000", "--factor", "max_length", "--json", "--results", str(tmp_path)]
+    assert main(["max-batch", "tiny-qwen2.arithmetic.lora.seed-0", "--study", study, *roomy]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["safe"] == found["tight"] == corpora.POSITIONS

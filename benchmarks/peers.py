@@ -6,7 +6,9 @@
 
 Everybody trains the same model on the same rows in the same order, with the same optimizer settings, dtype and
 number of threads; every row is as long as every other, so no padding and no way to count tokens can blur the
-comparison. A stopwatch of ours notes when each step ended; what a contestant calls its own throughput stands beside.
+comparison. Each is started as its users start it: our launcher sets two variables of the allocator, which
+`--our-allocator` gives to everybody, to show what of the difference they are. A stopwatch of ours notes when each
+step ended; what a contestant calls its own throughput stands beside.
 Contestants take turns, in another order each round; the ratio is taken within a round, its interval is a t interval
 of its logarithm over the rounds. Losses are compared where the data are the same: equal work, or no comparison.
 """
@@ -37,6 +39,7 @@ from tunemap.measure.environment import environment
 from tunemap.run import Run
 from tunemap.statistics import mean
 from tunemap.training.batches import micro_batches, schedule_of
+from tunemap.training.launch import KEEP_FREED_MEMORY
 
 HERE = Path(__file__).resolve().parent
 
@@ -170,13 +173,15 @@ def install(environments: Path, names: list[str]) -> None:
         subprocess.run(["git", "clone", "--quiet", "--depth=1", PEFT_URL, repository], check=True)
 
 
-def race(name: str, folder: Path, environments: Path, warm_up: int) -> dict[str, Any]:
+def race(name: str, folder: Path, environments: Path, warm_up: int, *, everywhere: bool) -> dict[str, Any]:
     """Run one contestant once: tokens per second by our stopwatch, by its own account, and its losses."""
     contestant = CONTESTANTS[name]
     python = environments / name / "bin" / "python" if contestant.requirements else Path(sys.executable)
     work = Workload.load(folder)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    if name == OWN or everywhere:
+        quiet |= KEEP_FREED_MEMORY  # as our launcher starts its workers
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         ended = subprocess.run(
@@ -196,13 +201,15 @@ def race(name: str, folder: Path, environments: Path, warm_up: int) -> dict[str,
     return known | {"tokens_per_second": work.tokens_per_step / wall_s, "cpu_s_per_step": cpu_s}
 
 
-def compare(folder: Path, names: list[str], environments: Path, rounds: int, warm_up: int) -> dict[str, Any]:
+def compare(
+    folder: Path, names: list[str], environments: Path, rounds: int, warm_up: int, *, everywhere: bool
+) -> dict[str, Any]:
     """All contestants on one workload, `rounds` times in turn."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(rounds):
         order = names[turn % len(names) :] + names[: turn % len(names)]
         for name in order if turn % 2 == 0 else reversed(order):
-            results[name].append(race(name, folder, environments, warm_up))
+            results[name].append(race(name, folder, environments, warm_up, everywhere=everywhere))
             shown = results[name][-1]
             rate = f"{shown['tokens_per_second']:9.0f} tokens/s" if "error" not in shown else shown["error"]
             print(f"    round {turn + 1}/{rounds}  {name:18s} {rate}", flush=True)
@@ -246,6 +253,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--our-allocator", action="store_true", help="let everybody keep freed memory, as our launcher's workers do"
+    )
     parser.add_argument("--output", type=Path, help="json file to keep the results in")
     arguments = parser.parse_args()
     names = [OWN, *arguments.peers]
@@ -260,7 +270,14 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 prepare(Path(folder) / "work", work)
                 place = arguments.environments.resolve()
-                found = compare(Path(folder) / "work", names, place, arguments.rounds, arguments.steps // 4)
+                found = compare(
+                    Path(folder) / "work",
+                    names,
+                    place,
+                    arguments.rounds,
+                    arguments.steps // 4,
+                    everywhere=arguments.our_allocator,
+                )
             table += [{"size": size, "method": method, "contestant": name, **row} for name, row in found.items()]
     show(table)
     if arguments.output:

@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test slurm-campaign lint format types bench peers fuzz chaos resume clean
+.PHONY: help install demo test slurm-campaign studies lint format types bench peers fuzz chaos resume clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ slurm-campaign: install ## disturb runs on a real Slurm, run whole studies there
 	pytest -m slow_slurm tests/slurm
 	python benchmarks/slurm_overhead.py
 
+studies: install ## run every study of config/studies at its CPU scale to its report (an hour), print what became of them
+	python -m tests.workflow.studies_campaign
+
 lint: install ## format, style, types, and Snakemake's own linter
 	ruff check .
 	ruff format --check .
@@ -49,6 +52,8 @@ bench: install ## print what the instruments cost, GoRA beside LoRA, planned bes
 	python benchmarks/planner.py --large
 	python benchmarks/report.py
 	python benchmarks/scale.py
+	python benchmarks/executed.py
+	python benchmarks/tokenisation.py
 
 peers: install ## race the training loop against TRL, the Trainer, PEFT's loop and optimum-benchmark (an hour)
 	python benchmarks/peers.py --install

@@ -54,7 +54,7 @@ def study_of(runs: int) -> dict[str, Any]:
     }
 
 
-def cost(command: list[str], **environment: str) -> dict[str, float]:
+def cost(command: list[str], *, folder: Path = REPOSITORY, **environment: str) -> dict[str, float]:
     """Seconds of wall and processor, and the peak of memory of the largest process, of a command."""
     code = (
         "import json, resource, subprocess, sys, time; began = time.monotonic(); "
@@ -64,7 +64,7 @@ def cost(command: list[str], **environment: str) -> dict[str, float]:
         "done.stderr[-2000:]]))"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", code, *command], env=os.environ | environment, cwd=REPOSITORY, check=True,
+        [sys.executable, "-c", code, *command], env=os.environ | environment, cwd=folder, check=True,
         capture_output=True, text=True,
     )  # fmt: skip
     exit_code, wall_s, processor_s, peak_kib, said = json.loads(answer.stdout)

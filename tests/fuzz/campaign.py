@@ -5,6 +5,7 @@ handled wrongly is written down with its seed, from which it can be made again, 
 """
 
 import argparse
+import csv
 import sys
 import tempfile
 import time
@@ -12,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.chaos.record import record
 
 from . import datasets, studies, traces
 from .judge import TAKEN, FaultError, Verdict
@@ -68,9 +71,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     for name, count in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--output", type=Path, help="csv file for the table; sums and machine go beside it as json")
     arguments = vars(parser.parse_args())
-    first_seed = arguments.pop("seed") * SEEDS_APART
-    found = 0
+    seed, output = arguments.pop("seed"), arguments.pop("output")
+    first_seed, began, found = seed * SEEDS_APART, time.perf_counter(), 0
+    rows: list[dict[str, object]] = []
+    sums: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, attempt in attempts(Path(folder)).items():
             started = time.perf_counter()
@@ -85,6 +91,15 @@ def main() -> int:
             for fault in tally.faults:
                 print(f"  FAULT {fault}")
             found += len(tally.faults)
+            counts = {"inputs": tally.inputs, "faults": len(tally.faults), "slowest_ms": round(1000 * tally.slowest_s)}
+            rows += [{"input": name, "became": kind, "count": count} for kind, count in tally.kinds.most_common()]
+            sums[name] = counts | {"seconds": round(seconds)}
+    if output:
+        with output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        record(output, seed=seed, seconds=time.perf_counter() - began, sums=sums)
     print(f"{found} inputs were handled wrongly")
     return 1 if found else 0
 

@@ -212,11 +212,19 @@ def _read_hub(path: str, subset: str | None, revision: str | None, dataset: Data
 
 
 def label_names_of(dataset: DatasetConfig, raw: RawData) -> tuple[str, ...]:
-    """The classes of a classification task: the task's own, the source's, or those found; none for generation."""
+    """The classes of a classification task: the task's own, the source's, or those found; none for generation.
+
+    Raises UserError where the rows have one class only.
+    """
     task = TASKS[dataset.task]
     if task.kind != "classification":
         return ()
-    return task.label_names or raw.label_names or found_label_names(raw.train, columns(dataset)[1])
+    if known := task.label_names or raw.label_names:
+        return known
+    found = found_label_names(raw.train, columns(dataset)[1])
+    if len(found) < 2:
+        raise UserError(f"{_place(raw)}: every training row has the label {found[0]!r}; classes need two or more")
+    return found
 
 
 def rows_of(

@@ -64,7 +64,8 @@ def classification_row(
     elif written.isdecimal() and len(written) <= LONGEST_NUMBER and int(written) < len(label_names):
         label = int(written)
     else:
-        allowed = ", ".join(f"{index} or {name}" for index, name in enumerate(label_names))
+        named = (name if name == str(index) else f"{index} or {name}" for index, name in enumerate(label_names))
+        allowed = ", ".join(named)
         raise UserError(f"{_place(record, row_id)}: {answer_field} is {_shown(written)}; expected {allowed}")
     return {
         "id": row_id,

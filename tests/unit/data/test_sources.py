@@ -264,7 +264,8 @@ def own(**changes: Any) -> dict[str, Any]:
         (own(train_file="ragged.csv"), r"ragged\.csv, line 3: 3 cells, but the header has 2"),
         (own(train_file="empty.csv"), r"empty\.csv: empty; expected a header line"),
         (own(train_file="blank.jsonl"), "generation-train-0: field 'reply' is ' '; expected text or a number"),
-        (own(task="classification"), "classification-test-0: reply is 'c'; expected 0 or a"),
+        (own(task="classification"), r"train\.jsonl: every training row has the label 'a'; classes need two or more"),
+        (own(task="classification", train_file="two.csv"), "classification-test-0: reply is 'c'; expected 0, 1 or b"),
         ({"task": "gsm8k", "source": "local"}, "source local: path is missing"),
         ({"task": "gsm8k", "source": "local", "path": "nowhere"}, "nowhere is no folder"),
         ({"task": "gsm8k", "source": "local", "path": "bare"}, "bare holds no data; expected train and test files"),
@@ -277,6 +278,7 @@ def test_each_mistake_has_its_message(tmp_path: Path, keys: dict[str, Any], mess
     write_lines(tmp_path / "list.jsonl", "[1]")
     write_lines(tmp_path / "ragged.csv", "ask,reply", "x,a", "x,a,b")
     write_lines(tmp_path / "empty.csv")
+    write_lines(tmp_path / "two.csv", "ask,reply", "x,0", "z,b")
     write_lines(tmp_path / "blank.jsonl", '{"ask": "x?", "reply": " "}')
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match=message):

@@ -24,11 +24,12 @@ measured. Ratios and processor time travel between machines, seconds do not. No 
 
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
-    sections = (overhead, waterfall, peers, gora, extraction, report, scale)
+    sections = (overhead, waterfall, peers, gora, tokenisation, extraction, report, scale, executed, growth)
     return "\n".join([INTRODUCTION, *(text for section in sections if (text := section(results)))])
 
 
-def _read(results: Path, name: str) -> dict[str, Any] | None:
+def read_results(results: Path, name: str) -> dict[str, Any] | None:
+    """What a benchmark found, None where it has not run."""
     path = results / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -48,7 +49,7 @@ def _interval(found: dict[str, float], digits: int = 3) -> str:
 
 def overhead(results: Path) -> str:
     """What the instruments of the loop cost."""
-    found = _read(results, "overhead-cpu")
+    found = read_results(results, "overhead-cpu")
     if found is None:
         return ""
     rows = [
@@ -67,7 +68,7 @@ def overhead(results: Path) -> str:
 
 def waterfall(results: Path) -> str:
     """What settings bring, one after the other."""
-    found = _read(results, "waterfall-cpu")
+    found = read_results(results, "waterfall-cpu")
     if found is None:
         return ""
     rows = [
@@ -92,7 +93,7 @@ def waterfall(results: Path) -> str:
 
 def peers(results: Path) -> str:
     """The loop beside those of others."""
-    found = _read(results, "peers-cpu")
+    found = read_results(results, "peers-cpu")
     if found is None:
         return ""
     rows = [
@@ -109,14 +110,15 @@ def peers(results: Path) -> str:
     return (
         "## Beside other tools\n\n"
         "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
-        "over 1 says that TuneMap is faster (`benchmarks/peers.py`).\n\n"
+        "over 1 says that TuneMap is faster (`benchmarks/peers.py`). What our launcher sets for its workers counts as "
+        "ours: memory that is freed stays with the process. Other work shared the machine, so intervals are wide.\n\n"
         + _table(["contestant", "tokens/s", "ours / its", "in processor time"], rows, found)
     )
 
 
 def gora(results: Path) -> str:
     """GoRA's step beside LoRA's."""
-    found = _read(results, "gora-throughput-cpu")
+    found = read_results(results, "gora-throughput-cpu")
     if found is None:
         return ""
     rows = [
@@ -133,7 +135,7 @@ def gora(results: Path) -> str:
 
 def extraction(results: Path) -> str:
     """Reading of profiles, as they grow."""
-    found = _read(results, "extraction-cpu")
+    found = read_results(results, "extraction-cpu")
     if found is None:
         return ""
     rows = [
@@ -156,7 +158,7 @@ def extraction(results: Path) -> str:
 
 def report(results: Path) -> str:
     """Tables, page and database, as a study grows."""
-    found = _read(results, "report-cpu")
+    found = read_results(results, "report-cpu")
     if found is None:
         return ""
     rows = [
@@ -177,7 +179,7 @@ def report(results: Path) -> str:
 
 def scale(results: Path) -> str:
     """Plan, dry run and collection, as a study grows."""
-    found = _read(results, "scale-cpu")
+    found = read_results(results, "scale-cpu")
     if found is None:
         return ""
     stages = ("plan", "dry_run", "collect")
@@ -193,6 +195,58 @@ def scale(results: Path) -> str:
         "Processor time and peak memory of `tunemap plan`, `snakemake -n` and the tables (`benchmarks/scale.py`).\n\n"
         + _table(["runs", "plan", "dry run", "tables"], rows, found)
     )
+
+
+def tokenisation(results: Path) -> str:
+    """Rows to token ids, as the dataset grows."""
+    found = read_results(results, "tokenisation-cpu")
+    if found is None:
+        return ""
+    rows = [
+        [
+            f"{one['rows']:,}",
+            *(f"{one['tokens'] / one[way]['processor_s']:,.0f}" for way in ("tunemap", "datasets")),
+            *(f"{one[way]['peak_bytes'] / 1e6:.0f}" for way in ("tunemap", "datasets")),
+            _interval(one["speed_up"], 2),
+        ]
+        for one in found["sizes"]
+    ]
+    head = ["rows", "tokens/s", "of `datasets`", "peak MB", "of `datasets`", "its processor time / ours"]
+    return (
+        "## Rows to token ids\n\n"
+        "The workflow's stage, with its checksums and statistics, beside `datasets` (load, batched map, save), one "
+        "thread, the same ids (`benchmarks/tokenisation.py`).\n\n" + _table(head, rows, found)
+    )
+
+
+def executed(results: Path) -> str:
+    """Large studies that really ran, their runs replaced by a stub."""
+    found = read_results(results, "executed-cpu")
+    if found is None:
+        return ""
+    rows = [
+        [
+            f"{one['runs']:,}",
+            f"{one['outcomes']:,}",
+            f"{one['execute']['wall_s']:,.0f} s",
+            f"{1000 * one['execute']['wall_s'] / one['runs']:.0f} ms",
+            f"{one['execute']['peak_bytes'] / 1e6:.0f}",
+            f"{one['nothing_to_do']['wall_s']:.0f} s",
+        ]
+        for one in found["sizes"]
+    ]
+    return (
+        "## Large studies, executed\n\n"
+        "The whole workflow with one job for each training and each evaluation, which a stub stands in for, to the "
+        "report; then the same command again, which finds nothing to do (`benchmarks/executed.py`).\n\n"
+        + _table(["runs", "outcomes", "wall time", "a run", "largest process MB", "again"], rows, found)
+    )
+
+
+def growth(results: Path) -> str:
+    """The picture that `benchmarks/growth.py` draws of the tables above."""
+    del results
+    return "## Growth\n\n![Processor time and memory by runs, kernels and rows](images/growth.png)\n"
 
 
 def main() -> int:

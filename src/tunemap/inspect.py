@@ -22,6 +22,7 @@ from tunemap.planner.table import Ticker, print_plan
 from tunemap.run import Run, canonical_json, differing_factors
 from tunemap.study import Plan
 from tunemap.study_file import load_plan
+from tunemap.training import finished
 
 DEFAULT_STUDY = Path("config/config.yaml")
 RESULTS = Path("results")
@@ -199,6 +200,7 @@ def add_retry_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunemap retry`."""
     study_argument(parser, option=False)
     parser.add_argument("--outcome", choices=RETRIED, action="append", help="only these outcomes (default: error)")
+    parser.add_argument("--from-the-start", action="store_true", help="leave no checkpoint to resume from")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
 
 
@@ -211,10 +213,13 @@ def run_retry(arguments: argparse.Namespace) -> int:
         outcome = folder / "runs" / name / "outcome.json"
         evaluation = folder / "evaluations" / name / "evaluation.json"
         if _outcome(outcome) in wanted:
-            shutil.rmtree(folder / "unfinished" / name, ignore_errors=True)
+            work = folder / "unfinished" / name
+            finished.forget(work)
+            if arguments.from_the_start:
+                shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(outcome.parent)
             shutil.rmtree(evaluation.parent, ignore_errors=True)
-            forgotten.append(name)
+            forgotten.append(name + _resumed(work / "checkpoint" / "manifest.json"))
         elif "error" in wanted and _outcome(evaluation) == "error":
             shutil.rmtree(evaluation.parent)
             forgotten.append(f"{name} (evaluation)")
@@ -222,6 +227,10 @@ def run_retry(arguments: argparse.Namespace) -> int:
         print(f"will be repeated: {name}")
     print(f"{len(forgotten)} of {len(plan.runs)} runs will be repeated by the next start")
     return 0
+
+
+def _resumed(manifest: Path) -> str:
+    return f", from step {read_json(manifest)['step']} on" if manifest.exists() else ""
 
 
 def _outcome(path: Path) -> str | None:

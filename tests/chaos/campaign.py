@@ -27,6 +27,7 @@ from typing import Any
 
 from tunemap.errors import UserError
 from tunemap.files import read_sealed, write_sealed
+from tunemap.training import finished
 
 from .record import record, sums_by
 from .stages import STAGES, WITH_WORKERS, Fault, Study, adopt_orphans, preload, stray_processes
@@ -127,7 +128,7 @@ class Campaign:
         ended = study.run(stage, fault)
         if fault.where == "worker" and ended.code == 0:  # the run has an outcome, which says so: repeat it by hand
             self._expect_failed_result(stage, study, "SIGKILL")
-            remove(study, stage, work=True)  # as `tunemap retry` does
+            remove(study, stage, work=True)
         elif ended.code not in (-9, 0, 1):
             raise LostError(f"exit code {ended.code}: {ended.output[-300:]}")
         if ended.code != 0 and rng.random() < 0.5:
@@ -298,7 +299,7 @@ def remove(study: Study, stage: str, *, work: bool = False) -> None:
         else:
             path.unlink(missing_ok=True)
     if work:
-        shutil.rmtree(study.root / study.paths()["work"], ignore_errors=True)
+        finished.forget(study.root / study.paths()["work"])  # as `tunemap retry` does: the checkpoint stays
 
 
 def checkpoints(study: Study) -> list[Path]:

@@ -16,7 +16,7 @@ import pytest
 import ranks
 
 from tunemap.capture import launch as captures
-from tunemap.training import launch
+from tunemap.training import finished, launch
 from tunemap.training.failure import describe, read_failures, write_failure
 from tunemap.training.heartbeat import Heartbeat, Watchdog, read_beats
 
@@ -51,13 +51,12 @@ def fail_in(tmp_path, monkeypatch):
 def launched(material, tmp_path, fail_in):
     """Launch a run whose rank 1 fails in some way; returns its outcome and the seconds from the failure to the end."""
 
-    def run(how: str, strategy: str = "ddp", world_size: int = 2) -> tuple[dict, float]:
+    def run(how: str, strategy: str = "ddp", world_size: int = 2, **factors) -> tuple[dict, float]:
         failed_at = fail_in(launch, "tunemap.training.worker", rank=1 if world_size > 1 else 0, how=how)
         paths = paths_in(tmp_path, material)
-        assert launch.launch(ranks.make_run("lora", strategy, world_size), paths, device="cpu") == 0
+        assert launch.launch(ranks.make_run("lora", strategy, world_size, **factors), paths, device="cpu") == 0
         seconds = time.time() - failed_at()
         assert processes_of(tmp_path) == []
-        assert not list(paths.work.rglob("*.pt"))
         return json.loads(paths.outcome.read_text()), seconds
 
     return run
@@ -107,6 +106,25 @@ def test_killed_rank_is_named(launched):
     assert outcome["reason"] == (
         "rank 1: the training process was ended by SIGKILL (the system may have run out of memory)"
     )
+
+
+def test_a_repeated_run_goes_on_from_the_checkpoint_of_the_killed_one(launched, material, tmp_path, monkeypatch, capfd):
+    """What `tunemap retry` does, and then the same as a run that nobody killed."""
+    outcome, _ = launched("killed", "fsdp", checkpoint_steps=2)
+    assert (outcome["outcome"], outcome["step"]) == ("error", FAILING_STEP)
+    assert "`tunemap retry STUDY.yaml` says to repeat it, from its checkpoint" in capfd.readouterr().out
+    monkeypatch.undo()
+    paths, run = paths_in(tmp_path, material), ranks.make_run("lora", "fsdp", 2, checkpoint_steps=2)
+    finished.forget(paths.work)
+    assert launch.launch(run, paths, device="cpu") == 0
+    assert "resuming after step 2" in capfd.readouterr().out
+    undisturbed = paths_in(tmp_path / "undisturbed", material)
+    assert launch.launch(run, undisturbed, device="cpu") == 0
+    repeated, whole = (json.loads(one.outcome.read_text()) for one in (paths, undisturbed))
+    assert repeated["outcome"] == whole["outcome"] == "ok"
+    assert repeated["weights_sha256"] == whole["weights_sha256"]
+    assert len(paths.steps.read_text().splitlines()) == len(undisturbed.steps.read_text().splitlines())
+    assert [path.name for path in paths.work.iterdir()] == [finished.FINISHED]
 
 
 def test_hanging_rank_ends_the_run_at_the_limit_and_is_named(launched, monkeypatch):

@@ -218,6 +218,17 @@ def test_retry_forgets_errors_alone(study, results, capsys):
     assert left(results, "evaluations") == {FULL, LORA_16}
 
 
+@pytest.mark.parametrize("options", [[], ["--from-the-start"]])
+def test_retry_goes_on_from_a_checkpoint_unless_told_otherwise(study, results, capsys, options):
+    work = results / "small" / "unfinished" / LORA
+    write_json(work / "checkpoint" / "manifest.json", {"step": 7})
+    write_json(work / "finished" / "outcome.json", {"outcome": "error"})
+    text = output(capsys, "retry", study, "--results", results, *options)
+    assert (f"will be repeated: {LORA}, from step 7 on" in text.splitlines()) is not bool(options)
+    assert (work / "checkpoint").exists() is not bool(options)
+    assert not (work / "finished").exists()
+
+
 def test_retry_of_named_outcomes(study, results, capsys):
     text = output(capsys, "retry", study, "--results", results, "--outcome", "oom", "--outcome", "timeout")
     assert text.splitlines()[-1] == "1 of 4 runs will be repeated by the next start"

@@ -4,7 +4,8 @@ Snakemake removes the outputs of a job whose end it did not see: the main proces
 a node went away. A run may have taken days by then. So its results lie in the run's work folder first, under one name
 that appears when they are whole, and are handed to the workflow from there as hard links, which take no space. A job
 that is started again for a finished run hands them over once more; the evaluation, which begins only after the
-workflow has recorded the training, forgets them.
+workflow has recorded the training, forgets them. The checkpoint of a run that failed stays beside them: a repetition
+goes on from there.
 
 Imports no torch.
 """
@@ -40,15 +41,18 @@ def start(work: Path) -> Path:
     return folder
 
 
-def keep(work: Path, key: dict[str, str]) -> None:
-    """Declare the results in `start`'s folder whole; all else in the work folder has served its purpose."""
+def keep(work: Path, key: dict[str, str], *, resumable: bool = False) -> None:
+    """Declare the results in `start`'s folder whole; all else in the work folder has served its purpose.
+
+    Unless the run is `resumable`: its checkpoint and the records of its steps stay then.
+    """
     folder = work / NEXT
     write_json(folder / SUMS, checksums(folder))
     write_json(folder / KEY, key)
     shutil.rmtree(work / FINISHED, ignore_errors=True)
     folder.rename(work / FINISHED)
     for path in work.iterdir():
-        if path.name != FINISHED:
+        if path.name != FINISHED and not resumable:
             _remove(path)
 
 
@@ -78,8 +82,11 @@ def hand_over(work: Path, key: dict[str, str], *, weights: Path, steps: Path, ou
 
 
 def forget(work: Path) -> None:
-    """Remove kept results: the workflow has recorded them."""
-    shutil.rmtree(work, ignore_errors=True)
+    """Remove kept results: the workflow has recorded them, or a repetition is to make others."""
+    for name in (FINISHED, NEXT):
+        shutil.rmtree(work / name, ignore_errors=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
 
 
 def _is_of(folder: Path, key: dict[str, str]) -> bool:

@@ -47,6 +47,15 @@ def test_only_results_stay_once_a_run_has_finished(kept):
     assert [path.name for path in work.iterdir()] == [finished.FINISHED]
 
 
+def test_the_checkpoint_of_a_failed_run_outlives_its_results(kept):
+    work, _ = kept
+    (work / "checkpoint").mkdir()
+    finished.start(work)
+    finished.keep(work, KEY, resumable=True)
+    finished.forget(work)
+    assert [path.name for path in work.iterdir()] == ["checkpoint"]
+
+
 @pytest.mark.parametrize("changed", list(KEY))
 def test_results_of_another_configuration_source_or_input_are_not_taken_over(kept, changed):
     work, places = kept

@@ -28,6 +28,7 @@ test: install lint ## run every test
 	pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 slurm-campaign: install ## disturb runs on a real Slurm, run whole studies there (an hour), print what a job costs
+	python tests/slurm/cluster.py install || true
 	pytest -m slow_slurm tests/slurm
 	python benchmarks/slurm_overhead.py
 

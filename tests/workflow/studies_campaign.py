@@ -91,7 +91,8 @@ def main() -> int:
     parser.add_argument("--checkout", type=Path, help="where to run, kept afterwards; made if it is not there")
     parser.add_argument("--output", type=Path, help="csv file for the rows; sums and machine go beside it as json")
     arguments = parser.parse_args()
-    began, rows = time.monotonic(), []
+    began, kept = time.monotonic(), read_rows(arguments.output)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         checkout = arguments.checkout or Path(folder) / "checkout"
         if not checkout.exists():
@@ -103,14 +104,29 @@ def main() -> int:
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             if failed(row):
                 print("".join(log.read_text().splitlines(keepends=True)[-40:]), flush=True)
-    if arguments.output:
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        seconds = time.monotonic() - began
-        record(arguments.output, seed=0, seconds=seconds, sums={"studies": len(rows), "failed": sum(map(failed, rows))})
+            if arguments.output:
+                keep_rows(arguments.output, kept, rows, time.monotonic() - began)
     return 1 if any(map(failed, rows)) else 0
+
+
+def read_rows(table: Path | None) -> list[dict[str, Any]]:
+    """Rows of an earlier campaign, whose studies this one may not repeat."""
+    if table is None or not table.exists():
+        return []
+    with table.open() as file:
+        return list(csv.DictReader(file))
+
+
+def keep_rows(table: Path, kept: list[dict[str, Any]], rows: list[dict[str, Any]], seconds: float) -> None:
+    """Write the table after each study: a campaign of an hour may be stopped."""
+    new = {(row["study"], row["scale"]) for row in rows}
+    together = [row for row in kept if (row["study"], row["scale"]) not in new] + rows
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(together)
+    sums = {"studies": len(together), "failed_in_this_campaign": sum(map(failed, rows))}
+    record(table, seed=0, seconds=seconds, sums=sums)
 
 
 if __name__ == "__main__":

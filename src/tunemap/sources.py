@@ -1,12 +1,13 @@
 """Which source files a command line uses: the script, every module of this package that it leads to, and their data.
 
-A stage of the workflow declares these files as input, so that editing the trainer retrains and editing the report
-does not. Found by reading import statements, without importing anything.
+A stage of the workflow has their digest among its parameters, so that editing the trainer retrains and editing the
+report does not. Found by reading import statements, without importing anything.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,20 @@ def sources(script: Path) -> list[Path]:
         if path.suffix in DATA_SUFFIXES
     ]
     return [script, *sorted(seen), *data]
+
+
+def digest(script: Path) -> str:
+    """SHA-256 over the names and contents of `sources(script)`."""
+    found = hashlib.sha256()
+    for path in sources(script):
+        name = path.relative_to(PACKAGE_ROOT) if path.is_relative_to(PACKAGE_ROOT) else path.name
+        found.update(f"{name}\0{_digest_of(path)}\0".encode())
+    return found.hexdigest()
+
+
+@cache
+def _digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @cache

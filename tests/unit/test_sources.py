@@ -108,6 +108,26 @@ def test_names_inside_a_module_lead_to_the_module(package, tmp_path):
     assert found(tmp_path, "x = 'tunemap.a.Thing'") == ["__init__.py", "a.py"]
 
 
+def test_the_digest_changes_with_what_is_used_and_with_nothing_else(package, tmp_path):
+    root = package(a="x = 1", b="x = 1")
+    script = tmp_path / "script.py"
+    script.write_text("import tunemap.a")
+
+    def now() -> str:
+        module._imports.cache_clear()
+        module._digest_of.cache_clear()
+        return module.digest(script)
+
+    first = now()
+    (root / "b.py").write_text("x = 2")
+    (root / "a.py").touch()
+    assert now() == first
+    (root / "a.py").write_text("x = 2")
+    edited = now()
+    script.write_text("import tunemap.b")
+    assert len({first, edited, now()}) == 3
+
+
 # --- the package itself -----------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 
 rule capture:
     input:
-        code=sources("capture_run"),
+        script=script("capture_run"),
         model=run_model,
         tokens=run_tokens,
         outcome="results/{study}/runs/{run}/outcome.json",
@@ -24,11 +24,12 @@ rule capture:
         mem_mb=run_mem_mb,
         timed_run=1,
     params:
+        source=source_digest("capture_run"),
         spec=training_spec,
         device=device,
         backend=capture_backend,
     shell:
-        "python {input.code[0]} --spec {params.spec:q} --device {params.device} --backend {params.backend}"
+        "python {input.script} --spec {params.spec:q} --device {params.device} --backend {params.backend}"
         " --model {input.model} --tokens {input.tokens} --outcome {input.outcome}"
         " --folder {output} >{log} 2>&1"
 
@@ -36,7 +37,7 @@ rule capture:
 # Opt-in: one process under Nsight Compute, which runs every kernel of a step several times over.
 rule measure_kernels:
     input:
-        code=sources("capture_run"),
+        script=script("capture_run"),
         model=run_model,
         tokens=run_tokens,
         outcome="results/{study}/runs/{run}/outcome.json",
@@ -52,17 +53,18 @@ rule measure_kernels:
         mem_mb=run_mem_mb,
         timed_run=1,
     params:
+        source=source_digest("capture_run"),
         spec=training_spec,
         device=device,
     shell:
-        "python {input.code[0]} --spec {params.spec:q} --device {params.device} --backend ncu"
+        "python {input.script} --spec {params.spec:q} --device {params.device} --backend ncu"
         " --model {input.model} --tokens {input.tokens} --outcome {input.outcome}"
         " --folder {output} >{log} 2>&1"
 
 
 rule extract:
     input:
-        code=sources("extract_facts"),
+        script=script("extract_facts"),
         capture="results/{study}/captures/{run}",
         roofline=roofline_capture,
     output:
@@ -72,6 +74,7 @@ rule extract:
     conda:
         "../../envs/train.yaml"
     params:
+        source=source_digest("extract_facts"),
         roofline=roofline_option,
     shell:
-        "python {input.code[0]} --capture {input.capture} {params.roofline:q} --facts {output} >{log} 2>&1"
+        "python {input.script} --capture {input.capture} {params.roofline:q} --facts {output} >{log} 2>&1"

@@ -81,10 +81,14 @@ onstart:
     _tell_jobs()
 
 
-def sources(stage):
-    """The script of a stage and all source files that it uses."""
-    files = source_files.sources(CHECKOUT / "workflow" / "scripts" / f"{stage}.py")
-    return [os.path.relpath(file) for file in files]
+def script(stage):
+    """The script of a stage."""
+    return os.path.relpath(CHECKOUT / "workflow" / "scripts" / f"{stage}.py")
+
+
+def source_digest(stage):
+    """Changes with the source files that a stage uses; as inputs, ninety files a job would slow each choice of jobs."""
+    return source_files.digest(CHECKOUT / "workflow" / "scripts" / f"{stage}.py")
 
 
 def study_results(wildcards):

@@ -9,7 +9,7 @@ localrules:
 
 rule prepare_model:
     input:
-        code=sources("prepare_model"),
+        script=script("prepare_model"),
         source=model_sources,
     output:
         directory("results/shared/models/{model}"),
@@ -18,16 +18,17 @@ rule prepare_model:
     conda:
         "../../envs/train.yaml"
     params:
+        source=source_digest("prepare_model"),
         spec=model_spec,
         data_root=data_root,
     shell:
-        "python {input.code[0]} --spec {params.spec:q} --data-root {params.data_root:q}"
+        "python {input.script} --spec {params.spec:q} --data-root {params.data_root:q}"
         " --destination {output} >{log} 2>&1"
 
 
 rule prepare_dataset:
     input:
-        code=sources("prepare_dataset"),
+        script=script("prepare_dataset"),
         source=dataset_sources,
     output:
         directory("results/shared/datasets/{dataset}"),
@@ -36,16 +37,17 @@ rule prepare_dataset:
     conda:
         "../../envs/train.yaml"
     params:
+        source=source_digest("prepare_dataset"),
         spec=dataset_spec,
         data_root=data_root,
     shell:
-        "python {input.code[0]} --spec {params.spec:q} --data-root {params.data_root:q}"
+        "python {input.script} --spec {params.spec:q} --data-root {params.data_root:q}"
         " --destination {output} >{log} 2>&1"
 
 
 rule tokenize_dataset:
     input:
-        code=sources("tokenize_dataset"),
+        script=script("tokenize_dataset"),
         model=tokens_model,
         dataset=tokens_dataset,
     output:
@@ -55,7 +57,8 @@ rule tokenize_dataset:
     conda:
         "../../envs/train.yaml"
     params:
+        source=source_digest("tokenize_dataset"),
         spec=tokens_spec,
     shell:
-        "HF_HUB_OFFLINE=1 python {input.code[0]} --spec {params.spec:q} --model {input.model} --dataset {input.dataset}"
+        "HF_HUB_OFFLINE=1 python {input.script} --spec {params.spec:q} --model {input.model} --dataset {input.dataset}"
         " --destination {output} >{log} 2>&1"

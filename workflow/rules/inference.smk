@@ -3,7 +3,7 @@
 
 rule measure_inference:
     input:
-        code=sources("measure_inference"),
+        script=script("measure_inference"),
         model=run_model,
         tokens=run_tokens,
         outcome="results/{study}/runs/{run}/outcome.json",
@@ -20,9 +20,10 @@ rule measure_inference:
         mem_mb=evaluation_mem_mb,
         timed_run=1,
     params:
+        source=source_digest("measure_inference"),
         spec=training_spec,
         device=device,
     shell:
-        "HF_HUB_OFFLINE=1 python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        "HF_HUB_OFFLINE=1 python {input.script} --spec {params.spec:q} --device {params.device}"
         " --model {input.model} --tokens {input.tokens}"
         " --outcome {input.outcome} --weights {input.weights} --output {output} >{log} 2>&1"

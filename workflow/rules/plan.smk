@@ -8,7 +8,7 @@ if wants_table(sys.argv[1:], os.environ):
 
 rule predict:
     input:
-        code=sources("predict_runs"),
+        script=script("predict_runs"),
         models=trained_models,
         tokens=trained_tokens,
     output:
@@ -18,8 +18,9 @@ rule predict:
     conda:
         "../../envs/train.yaml"
     params:
+        source=source_digest("predict_runs"),
         plan=tables_plan,
         data_root=data_root,
     shell:
-        "python {input.code[0]} --plan {params.plan:q} --data-root {params.data_root:q}"
+        "python {input.script} --plan {params.plan:q} --data-root {params.data_root:q}"
         " --output {output} >{log} 2>&1"

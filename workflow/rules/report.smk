@@ -12,7 +12,7 @@ localrules:
 
 rule tables:
     input:
-        code=sources("make_tables"),
+        script=script("make_tables"),
         outcomes=outcomes,
         evaluations=evaluations,
         predictions="results/{study}/predictions.json",
@@ -50,14 +50,15 @@ rule tables:
     conda:
         "../../envs/report.yaml"
     params:
+        source=source_digest("make_tables"),
         plan=tables_plan,
     shell:
-        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study} >{log} 2>&1"
+        "python {input.script} --plan {params.plan:q} --results results/{wildcards.study} >{log} 2>&1"
 
 
 rule figures:
     input:
-        code=sources("make_figures"),
+        script=script("make_figures"),
         tables=rules.tables.output,
         facts=facts,
     output:
@@ -74,15 +75,16 @@ rule figures:
     conda:
         "../../envs/report.yaml"
     params:
+        source=source_digest("make_figures"),
         plan=tables_plan,
     shell:
-        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
+        "python {input.script} --plan {params.plan:q} --results results/{wildcards.study}"
         " --figures {output} >{log} 2>&1"
 
 
 rule database:
     input:
-        code=sources("make_database"),
+        script=script("make_database"),
         tables=rules.tables.output,
         steps=steps,
         evaluations=evaluations,
@@ -94,15 +96,16 @@ rule database:
     conda:
         "../../envs/report.yaml"
     params:
+        source=source_digest("make_database"),
         plan=tables_plan,
     shell:
-        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
+        "python {input.script} --plan {params.plan:q} --results results/{wildcards.study}"
         " --output {output} >{log} 2>&1"
 
 
 rule write_report:
     input:
-        code=sources("make_report"),
+        script=script("make_report"),
         tables=rules.tables.output,
         figures=rules.figures.output,
     output:
@@ -117,10 +120,11 @@ rule write_report:
     conda:
         "../../envs/report.yaml"
     params:
+        source=source_digest("make_report"),
         plan=report_plan,
         study_file=study_file,
     shell:
-        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
+        "python {input.script} --plan {params.plan:q} --results results/{wildcards.study}"
         " --logs logs/{wildcards.study} --study-file {params.study_file:q} --output {output} >{log} 2>&1"
 
 
@@ -131,7 +135,7 @@ rule artifact:
 
 rule pack_artifact:
     input:
-        code=sources("make_artifact"),
+        script=script("make_artifact"),
         results=study_results,
     output:
         "results/{study}/artifact.tar.gz",
@@ -140,9 +144,10 @@ rule pack_artifact:
     conda:
         "../../envs/report.yaml"
     params:
+        source=source_digest("make_artifact"),
         plan=report_plan,
         study_file=study_file,
     # The results are packed as they are: what they were made from is in Snakemake's records, which go along.
     shell:
-        "python {input.code[0]} --plan {params.plan:q} --results results/{wildcards.study}"
+        "python {input.script} --plan {params.plan:q} --results results/{wildcards.study}"
         " --study-file {params.study_file:q} --output {output} >{log} 2>&1"

@@ -3,7 +3,7 @@
 
 rule train:
     input:
-        code=sources("train_run"),
+        script=script("train_run"),
         model=run_model,
         dataset=run_dataset,
         tokens=run_tokens,
@@ -29,13 +29,14 @@ rule train:
         attempts_left=attempts_left,
         timed_run=1,
     params:
+        source=source_digest("train_run"),
         spec=training_spec,
         device=device,
     # The work folder is no output: it must survive a kill, and Snakemake removes the outputs of a killed job.
     # The ceilings are no input: measuring one (tunemap ceiling) is no reason to train again.
     # A shell would die of the signals that ask the launcher for a checkpoint, so it makes way for it (exec).
     shell:
-        "exec python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        "exec python {input.script} --spec {params.spec:q} --device {params.device}"
         " --model {input.model} --dataset {input.dataset} --tokens {input.tokens}"
         " --work results/{wildcards.study}/unfinished/{wildcards.run}"
         " --ceilings results/shared/ceilings.json --attempts-left {resources.attempts_left}"
@@ -44,7 +45,7 @@ rule train:
 
 rule evaluate:
     input:
-        code=sources("evaluate_run"),
+        script=script("evaluate_run"),
         model=run_model,
         tokens=run_tokens,
         outcome="results/{study}/runs/{run}/outcome.json",
@@ -61,10 +62,11 @@ rule evaluate:
         gpu=evaluation_gpus,
         mem_mb=evaluation_mem_mb,
     params:
+        source=source_digest("evaluate_run"),
         spec=evaluation_spec,
         device=device,
     shell:
-        "HF_HUB_OFFLINE=1 python {input.code[0]} --spec {params.spec:q} --device {params.device}"
+        "HF_HUB_OFFLINE=1 python {input.script} --spec {params.spec:q} --device {params.device}"
         " --model {input.model} --tokens {input.tokens}"
         " --outcome {input.outcome} --weights {input.weights}"
         " --work results/{wildcards.study}/unfinished/{wildcards.run}"

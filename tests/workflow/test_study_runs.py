@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tunemap.sources import sources
+from tunemap.study_file import load_plan
 from tunemap.verify import verify
 
 from .conftest import BASE, FULL, LORA
@@ -111,6 +115,35 @@ def test_nothing_unfinished_is_left(finished):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_declared_sources_cover_what_a_stage_imports(finished, modules_folder, stage):
+    assert_declared(finished, modules_folder, stage)
+
+
+def test_declared_sources_cover_what_measuring_inference_imports(finished, tmp_path, repository):
+    """A stage that a study asks for, so the finished one has not run it."""
+    (model,) = (finished.results.parent / "shared" / "models").iterdir()
+    (tokens,) = (finished.results.parent / "shared" / "tokens").iterdir()
+    run = finished.results / "runs" / LORA
+    spec = load_plan(finished.study_file, data_root=str(finished.root / "data")).runs[LORA].training_spec()
+    given = {"spec": json.dumps(spec), "device": "cpu", "model": model, "tokens": tokens}
+    given |= {"outcome": run / "outcome.json", "weights": run / "weights", "output": tmp_path / "inference.json"}
+    source, recorder = finished.root / "src", repository / "tests" / "workflow" / "record_modules"
+    python_path = f"{source}{os.pathsep}{recorder}"
+    subprocess.run(
+        [
+            sys.executable,
+            "workflow/scripts/measure_inference.py",
+            *(f"--{name}={value}" for name, value in given.items()),
+        ],
+        cwd=finished.root,
+        env=finished.environment(PYTHONPATH=python_path, TUNEMAP_RECORD_MODULES=str(tmp_path)),
+        check=True,
+    )
+    assert json.loads((tmp_path / "inference.json").read_text())["outcome"] == "ok"
+    (tmp_path / "inference.json").unlink()
+    assert_declared(finished, tmp_path, "measure_inference")
+
+
+def assert_declared(finished, modules_folder, stage):
     recorded = [json.loads(path.read_text()) for path in modules_folder.glob("*.json")]
     started = {f"scripts/{stage}.py", WORKERS.get(stage)}
     mains = {record["main"]: "/".join(Path(record["main"]).parts[-2:]) for record in recorded}

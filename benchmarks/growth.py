@@ -62,18 +62,18 @@ def _columns(used: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 def draw(results: Path = RESULTS) -> plt.Figure:
     """Two rows of panels, time above memory, one column for each thing that grows."""
-    columns = (("runs", of_runs(results)), ("kernels", of_kernels(results)), ("rows of a dataset", of_rows(results)))
+    every = (("runs", of_runs(results)), ("kernels", of_kernels(results)), ("rows of a dataset", of_rows(results)))
+    columns = [(thing, lines) for thing, lines in every if lines]
     with mpl.style.context(str(STYLE)):
-        figure, panels = plt.subplots(2, 3, figsize=(11, 6), sharex="col", layout="constrained")
+        figure, panels = plt.subplots(2, len(columns), figsize=(11, 6), sharex="col", layout="constrained")
         for (thing, lines), (above, below) in zip(columns, panels.T, strict=True):
             for (label, sizes, seconds, megabytes), colour in zip(lines, sns.color_palette("colorblind"), strict=False):
                 above.plot(sizes, seconds, marker="o", color=colour, label=label)
                 below.plot(sizes, megabytes, marker="o", color=colour)
-            if lines:
-                sizes = lines[0][1]
-                # The slope of linear growth, through the first line's last point.
-                linear = [lines[0][2][-1] * size / sizes[-1] for size in (sizes[0], sizes[-1])]
-                above.plot((sizes[0], sizes[-1]), linear, ":", color="0.5", label="linear growth")
+            _, sizes, seconds, _ = lines[0]
+            # The slope of linear growth, through the first line's last point.
+            linear = [seconds[-1] * size / sizes[-1] for size in (sizes[0], sizes[-1])]
+            above.plot((sizes[0], sizes[-1]), linear, ":", color="0.5", label="linear growth")
             for panel in (above, below):
                 panel.set(xscale="log", yscale="log")
             above.set_title(f"Growth with {thing}")

@@ -245,7 +245,8 @@ def executed(results: Path) -> str:
 
 def growth(results: Path) -> str:
     """The picture that `benchmarks/growth.py` draws of the tables above."""
-    del results
+    if not any(read_results(results, name) for name in ("scale-cpu", "extraction-cpu", "tokenisation-cpu")):
+        return ""
     return "## Growth\n\n![Processor time and memory by runs, kernels and rows](images/growth.png)\n"
 
 

@@ -33,7 +33,7 @@ slurm-campaign: install ## disturb runs on a real Slurm, run whole studies there
 	python benchmarks/slurm_overhead.py
 
 studies: install ## run every study of config/studies at its CPU scale to its report (an hour), print what became of them
-	python -m tests.workflow.studies_campaign
+	python -m tests.workflow.studies_campaign --output benchmarks/results/studies-cpu.csv
 
 lint: install ## format, style, types, and Snakemake's own linter
 	ruff check .

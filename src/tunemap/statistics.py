@@ -283,7 +283,8 @@ def _score_interval(share: float, n: float, quantile: float) -> Interval:
     shrink = 1 / (1 + quantile**2 / n)
     centre = shrink * (share + quantile**2 / (2 * n))
     half = shrink * quantile * float(np.sqrt(share * (1 - share) / n + quantile**2 / (4 * n**2)))
-    return Interval(share, centre - half, centre + half)
+    # A share is no less than 0 and no more than 1, whatever rounding says.
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def _t_quantile(freedom: float) -> float:

@@ -31,6 +31,13 @@ def test_wilson_equals_its_closed_form(correct, more):
     assert [interval.low, interval.high] == pytest.approx(sorted(roots.real), abs=1e-9)
 
 
+def test_wilson_stays_within_a_share():
+    """24 wrong answers once had a bound of -1.4e-17."""
+    for n in range(1, 2000):
+        assert 0 <= statistics.wilson(0, n).low < 1e-12
+        assert 1 - 1e-12 < statistics.wilson(n, n).high <= 1
+
+
 def test_wilson_of_no_examples_is_unknown():
     assert not statistics.wilson(0, 0).is_known
 

@@ -61,7 +61,7 @@ peers: install ## race the training loop against TRL, the Trainer, PEFT's loop a
 	python benchmarks/peers.py
 
 fuzz: install ## mutate 10,000 study files, 2,000 dataset files and 1,000 traces, and look how each is handled
-	python -m tests.fuzz.campaign
+	python -m tests.fuzz.campaign --output benchmarks/results/fuzz.csv
 
 chaos: install ## kill, starve and damage every stage of a small study 500 times; nothing may be lost
 	python -m tests.chaos.campaign

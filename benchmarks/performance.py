@@ -231,7 +231,7 @@ def executed(results: Path) -> str:
             f"{one['execute']['wall_s']:,.0f} s",
             f"{1000 * one['execute']['wall_s'] / one['runs']:.0f} ms",
             f"{one['execute']['peak_bytes'] / 1e6:.0f}",
-            f"{one['nothing_to_do']['wall_s']:.0f} s",
+            f"{one['nothing_to_do_s']:.0f} s",
         ]
         for one in found["sizes"]
     ]
@@ -247,7 +247,7 @@ def growth(results: Path) -> str:
     """The picture that `benchmarks/growth.py` draws of the tables above."""
     if not any(read_results(results, name) for name in ("scale-cpu", "extraction-cpu", "tokenisation-cpu")):
         return ""
-    return "## Growth\n\n![Processor time and memory by runs, kernels and rows](images/growth.png)\n"
+    return "## Growth\n\n![Processor time and memory, as what was measured above grows](images/growth.png)\n"
 
 
 def main() -> int:

@@ -219,7 +219,7 @@ def run_retry(arguments: argparse.Namespace) -> int:
                 shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(outcome.parent)
             shutil.rmtree(evaluation.parent, ignore_errors=True)
-            forgotten.append(name + _resumed(work / "checkpoint" / "manifest.json"))
+            forgotten.append(name + _resumed(work / finished.CHECKPOINT / "manifest.json"))
         elif "error" in wanted and _outcome(evaluation) == "error":
             shutil.rmtree(evaluation.parent)
             forgotten.append(f"{name} (evaluation)")

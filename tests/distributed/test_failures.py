@@ -57,6 +57,8 @@ def launched(material, tmp_path, fail_in):
         assert launch.launch(ranks.make_run("lora", strategy, world_size, **factors), paths, device="cpu") == 0
         seconds = time.time() - failed_at()
         assert processes_of(tmp_path) == []
+        # Tensors stay where a checkpoint is to be resumed, and nowhere else.
+        assert any(paths.work.rglob("*.pt")) is ("checkpoint_steps" in factors)
         return json.loads(paths.outcome.read_text()), seconds
 
     return run

@@ -3,7 +3,7 @@
 
 rule capture:
     input:
-        script=script("capture_run"),
+        script=stage_script("capture_run"),
         model=run_model,
         tokens=run_tokens,
         outcome="results/{study}/runs/{run}/outcome.json",
@@ -37,7 +37,7 @@ rule capture:
 # Opt-in: one process under Nsight Compute, which runs every kernel of a step several times over.
 rule measure_kernels:
     input:
-        script=script("capture_run"),
+        script=stage_script("capture_run"),
         model=run_model,
         tokens=run_tokens,
         outcome="results/{study}/runs/{run}/outcome.json",
@@ -64,7 +64,7 @@ rule measure_kernels:
 
 rule extract:
     input:
-        script=script("extract_facts"),
+        script=stage_script("extract_facts"),
         capture="results/{study}/captures/{run}",
         roofline=roofline_capture,
     output:

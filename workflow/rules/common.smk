@@ -81,7 +81,7 @@ onstart:
     _tell_jobs()
 
 
-def script(stage):
+def stage_script(stage):
     """The script of a stage."""
     return os.path.relpath(CHECKOUT / "workflow" / "scripts" / f"{stage}.py")
 

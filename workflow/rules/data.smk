@@ -9,7 +9,7 @@ localrules:
 
 rule prepare_model:
     input:
-        script=script("prepare_model"),
+        script=stage_script("prepare_model"),
         source=model_sources,
     output:
         directory("results/shared/models/{model}"),
@@ -28,7 +28,7 @@ rule prepare_model:
 
 rule prepare_dataset:
     input:
-        script=script("prepare_dataset"),
+        script=stage_script("prepare_dataset"),
         source=dataset_sources,
     output:
         directory("results/shared/datasets/{dataset}"),
@@ -47,7 +47,7 @@ rule prepare_dataset:
 
 rule tokenize_dataset:
     input:
-        script=script("tokenize_dataset"),
+        script=stage_script("tokenize_dataset"),
         model=tokens_model,
         dataset=tokens_dataset,
     output:

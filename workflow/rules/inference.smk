@@ -3,7 +3,7 @@
 
 rule measure_inference:
     input:
-        script=script("measure_inference"),
+        script=stage_script("measure_inference"),
         model=run_model,
         tokens=run_tokens,
         outcome="results/{study}/runs/{run}/outcome.json",

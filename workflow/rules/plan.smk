@@ -8,7 +8,7 @@ if wants_table(sys.argv[1:], os.environ):
 
 rule predict:
     input:
-        script=script("predict_runs"),
+        script=stage_script("predict_runs"),
         models=trained_models,
         tokens=trained_tokens,
     output:

@@ -12,7 +12,7 @@ localrules:
 
 rule tables:
     input:
-        script=script("make_tables"),
+        script=stage_script("make_tables"),
         outcomes=outcomes,
         evaluations=evaluations,
         predictions="results/{study}/predictions.json",
@@ -58,7 +58,7 @@ rule tables:
 
 rule figures:
     input:
-        script=script("make_figures"),
+        script=stage_script("make_figures"),
         tables=rules.tables.output,
         facts=facts,
     output:
@@ -84,7 +84,7 @@ rule figures:
 
 rule database:
     input:
-        script=script("make_database"),
+        script=stage_script("make_database"),
         tables=rules.tables.output,
         steps=steps,
         evaluations=evaluations,
@@ -105,7 +105,7 @@ rule database:
 
 rule write_report:
     input:
-        script=script("make_report"),
+        script=stage_script("make_report"),
         tables=rules.tables.output,
         figures=rules.figures.output,
     output:
@@ -135,7 +135,7 @@ rule artifact:
 
 rule pack_artifact:
     input:
-        script=script("make_artifact"),
+        script=stage_script("make_artifact"),
         results=study_results,
     output:
         "results/{study}/artifact.tar.gz",

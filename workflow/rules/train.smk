@@ -3,7 +3,7 @@
 
 rule train:
     input:
-        script=script("train_run"),
+        script=stage_script("train_run"),
         model=run_model,
         dataset=run_dataset,
         tokens=run_tokens,
@@ -45,7 +45,7 @@ rule train:
 
 rule evaluate:
     input:
-        script=script("evaluate_run"),
+        script=stage_script("evaluate_run"),
         model=run_model,
         tokens=run_tokens,
         outcome="results/{study}/runs/{run}/outcome.json",

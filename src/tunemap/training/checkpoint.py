@@ -31,9 +31,10 @@ from tunemap.distributed.world import World
 from tunemap.errors import UserError
 from tunemap.files import read_sealed, sha256_of, write_sealed
 from tunemap.methods.peft_types import load_method_state, method_state
+from tunemap.training.finished import CHECKPOINT, OLD_CHECKPOINT
 from tunemap.training.loop import TrainingState
 
-CURRENT, NEXT, OLD = "checkpoint", "checkpoint.next", "checkpoint.old"
+CURRENT, NEXT, OLD = CHECKPOINT, f"{CHECKPOINT}.next", OLD_CHECKPOINT
 MANIFEST = "manifest.json"
 
 

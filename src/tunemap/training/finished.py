@@ -23,6 +23,7 @@ from tunemap.measure.environment import package_digest
 from tunemap.run import Run
 
 FINISHED, NEXT = "finished", "finished.next"
+CHECKPOINT, OLD_CHECKPOINT = "checkpoint", "checkpoint.old"  # the second while the first is being replaced
 WEIGHTS, STEPS, OUTCOME, KEY, SUMS = "weights", "steps.csv", "outcome.json", "key.json", "sha256.json"
 TIMESTAMP = ".snakemake_timestamp"  # what Snakemake puts into a folder that is an output
 
@@ -79,6 +80,11 @@ def hand_over(work: Path, key: dict[str, str], *, weights: Path, steps: Path, ou
         destination.unlink(missing_ok=True)
         _link(folder / name, destination)
     return result
+
+
+def has_checkpoint(work: Path) -> bool:
+    """Whether a repetition of the run could go on from somewhere."""
+    return any((work / name).exists() for name in (CHECKPOINT, OLD_CHECKPOINT))
 
 
 def forget(work: Path) -> None:

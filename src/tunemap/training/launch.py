@@ -50,11 +50,11 @@ STALL_LIMIT_S = 600.0
 END_LIMIT_S = 60.0  # between the result of a run and the end of its processes
 STOP_LIMIT_S = 100.0  # between the first signal to stop and the checkpoint; a scheduler warns 120 s before its limit
 RESUMES = "the run resumes from its last checkpoint"
-CHECKPOINT = "checkpoint"  # folder within the work folder
 RESUMABLE = ("error", "timeout")  # a repetition may end better; out of memory or no number, it would fail again
 TRY_AGAIN = os.EX_TEMPFAIL  # exit code where another attempt, with more memory, may help
 # glibc gives the memory of every large tensor back to the system and asks for it again in the next step, which then
-# clears it page by page: an eighth of a small model's step. These two variables keep it (mallopt(3)).
+# clears it page by page: about a fifth of a small model's step, little of a large one's. These two variables keep it
+# (mallopt(3)).
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 46)}
 
 
@@ -150,7 +150,7 @@ def _launch(run: Run, paths: Paths, device: str, attempts_left: int) -> int:
     outcome["steps_sha256"] = hashlib.sha256(records.encode()).hexdigest()
     outcome["weights_sha256"] = finished.checksums(gathered / finished.WEIGHTS)
     write_sealed(gathered / finished.OUTCOME, outcome)
-    resumable = outcome["outcome"] in RESUMABLE and (paths.work / CHECKPOINT).exists()
+    resumable = outcome["outcome"] in RESUMABLE and finished.has_checkpoint(paths.work)
     finished.keep(paths.work, key, resumable=resumable)
     finished.hand_over(paths.work, key, **paths.results)
     print(f"outcome: {_in_words(outcome)}", flush=True)

@@ -47,6 +47,13 @@ def test_only_results_stay_once_a_run_has_finished(kept):
     assert [path.name for path in work.iterdir()] == [finished.FINISHED]
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint.old", None])
+def test_a_checkpoint_that_was_being_replaced_counts(tmp_path, name):
+    if name:
+        (tmp_path / name).mkdir()
+    assert finished.has_checkpoint(tmp_path) is (name is not None)
+
+
 def test_the_checkpoint_of_a_failed_run_outlives_its_results(kept):
     work, _ = kept
     (work / "checkpoint").mkdir()

@@ -17,6 +17,7 @@ from tunemap.measure.memory import track_live_storage
 from tunemap.methods import gora
 from tunemap.methods.estimation import widest
 from tunemap.methods.peft_types import apply_peft, build_config
+from tunemap.methods.undisturbed import LossFunction
 from tunemap.run import RunMethod, TaskKind
 
 Batches = list[dict[str, torch.Tensor]]
@@ -36,7 +37,7 @@ class Start:
     """
 
     batches: Callable[[bool], Batches]
-    loss_function: gora.LossFunction
+    loss_function: LossFunction
     load_original: Callable[[], nn.Module]
     total_steps: int
     estimating: Callable[[], AbstractContextManager[None]] = nullcontext

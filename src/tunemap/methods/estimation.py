@@ -10,7 +10,6 @@ import torch
 from tunemap.data.collate import IGNORED, Batch, collate
 from tunemap.data.tokens import Tokens
 from tunemap.errors import UserError
-from tunemap.methods.gora import sample_indices
 
 
 def estimation_batches(
@@ -30,8 +29,7 @@ def estimation_batches(
     """
     if world_size > batch_count:
         raise UserError(f"estimation_batches is {batch_count}: too few for {world_size} devices; each needs one")
-    examples = len(tokens.train.lengths)
-    chosen = sample_indices(examples, batch_count=batch_count, batch_size=batch_size, seed=seed)
+    chosen = _sampled(len(tokens.train.lengths), batch_count, batch_size, seed)
     for rows in chosen[rank::world_size]:
         batch = collate(tokens.train, [np.array([row]) for row in rows], pad_token_id=tokens.pad_token_id)
         yield _with_labels_in_place(batch.to(device))
@@ -40,6 +38,18 @@ def estimation_batches(
 def widest(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The batch with most columns, which needs most memory."""
     return max(batches, key=lambda batch: batch["input_ids"].shape[1])
+
+
+def _sampled(examples: int, batch_count: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Rows of each batch, without replacement, by a generator of their own: training's order stays untouched."""
+    needed = batch_count * batch_size
+    if needed > examples:
+        raise UserError(
+            f"estimation wants {needed} examples ({batch_count} estimation_batches x {batch_size}), "
+            f"the data set has {examples}"
+        )
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))[:needed].tolist()
+    return [order[start : start + batch_size] for start in range(0, needed, batch_size)]
 
 
 def _with_labels_in_place(batch: Batch) -> dict[str, torch.Tensor]:

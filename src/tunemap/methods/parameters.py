@@ -13,6 +13,9 @@ from torch import nn
 # PEFT keeps the untouched original of a fully trained module beside the trained copy, under this name.
 _FROZEN_BACKUP = "original_module"
 
+Shape = tuple[int, int]
+"""(out_features, in_features) of a linear layer."""
+
 
 @dataclass(frozen=True)
 class ParameterCounts:

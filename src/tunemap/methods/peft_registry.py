@@ -12,7 +12,7 @@ from typing import Any
 from peft import EvaConfig
 
 from tunemap.errors import UserError
-from tunemap.methods.gora import Shape
+from tunemap.methods.parameters import Shape
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tunemap.errors import UserError
-from tunemap.methods.gora import Batch, LossFunction, Shape, model_loss, own_random_stream, undisturbed
-from tunemap.methods.parameters import heads_to_save, is_quantised, linear_shapes
+from tunemap.methods.parameters import Shape, heads_to_save, is_quantised, linear_shapes
 from tunemap.methods.peft_registry import SUPPORTED, UNSUPPORTED, Fit, PeftMethod
+from tunemap.methods.undisturbed import Batch, LossFunction, model_loss, own_random_stream, undisturbed
 
 # Starts that move a part of the base weights into the adapter.
 _MOVES_WEIGHTS = ("lora_ga", "corda", "pissa", "olora")

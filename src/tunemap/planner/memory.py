@@ -29,6 +29,7 @@ from tunemap.measure.memory import track_live_storage
 from tunemap.methods import gora
 from tunemap.methods.apply import Start, adapt, gora_settings
 from tunemap.methods.parameters import count_parameters, logical_size
+from tunemap.methods.undisturbed import model_loss
 from tunemap.models.loading import quiet
 from tunemap.planner import fake
 from tunemap.planner.depth import SHALLOW, SegmentedStorage, Segments, can_be_deepened, deepened, with_depth
@@ -129,7 +130,7 @@ def _assembled(run: Run, config: PreTrainedConfig, num_labels: int | None, notes
             seed=factors.seed,
             start=Start(
                 batches=lambda shared: [],
-                loss_function=gora.model_loss,
+                loss_function=model_loss,
                 load_original=lambda: model,
                 total_steps=PLANNED_STEPS,
                 checkpointing=factors.gradient_checkpointing,
@@ -275,7 +276,7 @@ def _estimation_peak(
 
         def loss(model: nn.Module, values: Any) -> torch.Tensor:
             with precision.autocast_context("cpu"):
-                return gora.model_loss(model, values)
+                return model_loss(model, values)
 
         plan = gora.plan(
             model,

@@ -21,8 +21,8 @@ from tunemap.distributed.world import World
 from tunemap.gates.result import GateResult
 from tunemap.methods.apply import Batches, Start, adapt
 from tunemap.methods.estimation import estimation_batches
-from tunemap.methods.gora import Batch, model_loss
 from tunemap.methods.parameters import ParameterCounts, count_parameters
+from tunemap.methods.undisturbed import Batch, model_loss
 from tunemap.models.loading import Quantization, load_model
 from tunemap.run import Run
 from tunemap.training.costs import Costs, closed_form

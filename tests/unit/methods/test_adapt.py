@@ -14,6 +14,7 @@ from tunemap.gates.model import trainable_parameters_gate
 from tunemap.methods import gora, peft_types
 from tunemap.methods.apply import Start, adapt, gora_settings
 from tunemap.methods.parameters import count_parameters
+from tunemap.methods.undisturbed import model_loss
 from tunemap.study_file import load_plan
 from tunemap.training.optimizer import LEARNING_RATE_RATIO, build_optimizer
 
@@ -28,7 +29,7 @@ def bare():
 
 
 def start(**changes):
-    options = {"batches": lambda shared: [BATCH], "loss_function": gora.model_loss, "load_original": None}
+    options = {"batches": lambda shared: [BATCH], "loss_function": model_loss, "load_original": None}
     return Start(**(options | {"total_steps": 10} | changes))
 
 
@@ -256,12 +257,12 @@ def test_schedule_keeps_the_ratio(bare):
 def test_adafactor_keeps_less_than_a_moment_per_weight(bare):
     model = copy.deepcopy(bare)
     optimizer = build_optimizer(model, name="adafactor", learning_rate=0.01, weight_decay=0.0)
-    before = float(gora.model_loss(model, BATCH).detach())
+    before = float(model_loss(model, BATCH).detach())
     for _ in range(5):
-        gora.model_loss(model, BATCH).backward()
+        model_loss(model, BATCH).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert float(gora.model_loss(model, BATCH).detach()) < before
+    assert float(model_loss(model, BATCH).detach()) < before
     kept = sum(v.numel() for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     assert kept < 0.2 * sum(p.numel() for p in model.parameters())
 
@@ -292,7 +293,7 @@ def test_other_models_have_no_penalty_and_no_state(bare):
 
 def advance(model, optimizer, steps):
     for step in steps:
-        gora.model_loss(model, BATCH).backward()
+        model_loss(model, BATCH).backward()
         optimizer.step()
         peft_types.after_optimizer_step(model, step)
         optimizer.zero_grad()

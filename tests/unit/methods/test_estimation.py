@@ -11,7 +11,7 @@ from tunemap.data.collate import collate
 from tunemap.data.tokens import load_tokens, tokenize
 from tunemap.errors import UserError
 from tunemap.methods.estimation import estimation_batches, widest
-from tunemap.methods.gora import model_loss
+from tunemap.methods.undisturbed import model_loss
 from tunemap.training.loop import loss_sum
 
 

@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test slurm-campaign studies lint format types bench peers fuzz chaos resume clean
+.PHONY: help install demo test slurm-campaign studies lint format types bench peers gpu-check gpu-bench fuzz chaos resume clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,17 @@ bench: install ## print what the instruments cost, GoRA beside LoRA, planned bes
 peers: install ## race the training loop against TRL, the Trainer, PEFT's loop and optimum-benchmark (an hour)
 	python benchmarks/peers.py --install
 	python benchmarks/peers.py
+
+gpu-check: install ## run every test that needs a CUDA device, and say so where there is none
+	python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
+	pytest -m gpu -rs
+
+gpu-bench: install ## the waterfall of settings and the race against the peers on a GPU (an hour); results in benchmarks/results
+	tunemap ceiling
+	python benchmarks/waterfall.py --device cuda --output benchmarks/results/waterfall-cuda.json
+	python benchmarks/peers.py --install
+	python benchmarks/peers.py --device cuda --output benchmarks/results/peers-cuda.json
+	python benchmarks/performance.py
 
 fuzz: install ## mutate 10,000 study files, 2,000 dataset files and 1,000 traces, and look how each is handled
 	python -m tests.fuzz.campaign --output benchmarks/results/fuzz.csv

@@ -3,6 +3,7 @@
     python benchmarks/peers.py --install             # once: each peer in an environment of its own, from PyPI
     python benchmarks/peers.py                       # CPU; about 20 minutes; prints the table
     python benchmarks/peers.py --peers trl --sizes small --rounds 5 --output benchmarks/results/peers-cpu.json
+    python benchmarks/peers.py --device cuda --output benchmarks/results/peers-cuda.json
 
 Everybody trains the same model on the same rows in the same order, with the same optimizer settings, dtype and
 number of threads; every row is as long as every other, so no padding and no way to count tokens can blur the
@@ -10,7 +11,9 @@ comparison. Each is started as its users start it: our launcher sets two variabl
 `--our-allocator` gives to everybody, to show what of the difference they are. A stopwatch of ours notes when each
 step ended; what a contestant calls its own throughput stands beside.
 Contestants take turns, in another order each round; the ratio is taken within a round, its interval is a t interval
-of its logarithm over the rounds. Losses are compared where the data are the same: equal work, or no comparison.
+of its logarithm over the rounds. MFU is the mathematics' FLOPs (those of frozen weights' gradients left out) beside
+what a matrix product reaches on this device, measured at the start. Losses are compared where the data are the same:
+equal work, or no comparison.
 """
 
 from __future__ import annotations
@@ -29,13 +32,16 @@ from typing import Any
 import numpy as np
 import torch
 from contestants.workload import Workload
+from transformers import AutoConfig
 
 from tunemap import corpora, models
 from tunemap.config import DatasetConfig, Factors, LocalModel, RandomModel
 from tunemap.data import sources, tokens
 from tunemap.distributed.world import World
 from tunemap.files import write_json
+from tunemap.measure.ceiling import measure_ceiling
 from tunemap.measure.environment import environment
+from tunemap.measure.flops import Trained, model_shape, step_flops
 from tunemap.run import Run
 from tunemap.statistics import mean
 from tunemap.training.batches import micro_batches, schedule_of
@@ -43,34 +49,34 @@ from tunemap.training.launch import KEEP_FREED_MEMORY
 
 HERE = Path(__file__).resolve().parent
 
-OWN = "tunemap"
+OWN, RECOMMENDED = "tunemap", "tunemap, recommended"
 PEFT_URL = "https://github.com/huggingface/peft"
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A script of benchmarks/contestants, the environment it runs in (None: ours), whether its labels are the same."""
+    """A script of benchmarks/contestants, the environment it runs in (None: ours), whether its labels are the same.
+
+    arguments: more words for its command line.
+    """
 
     script: str
     requirements: tuple[str, ...] | None = None
     same_labels: bool = True
+    arguments: tuple[str, ...] = ()
 
 
 CONTESTANTS = {
-    OWN: Contestant("tunemap_loop.py"),
+    OWN: Contestant("tunemap_loop.py", arguments=("run.json",)),
+    RECOMMENDED: Contestant("tunemap_loop.py", arguments=("recommended.json",)),
     "trainer": Contestant("hf_trainer.py"),
     "trl": Contestant("trl_sft.py", ("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2")),
     "peft": Contestant("peft_comparison.py", same_labels=False),
     "optimum-benchmark": Contestant("optimum_bench.py", ("optimum-benchmark==0.6.0", "transformers<5", "peft"), False),
 }
-SIZES = {  # hidden size, layers, rows, length: about 1, 5 and 25 million parameters
-    "small": (128, 4, 8, 64),
-    "medium": (256, 6, 4, 128),
-    "large": (512, 8, 4, 128),
-}
 
 
-def architecture(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
+def architecture(hidden: int, layers: int, vocabulary: int, **others: Any) -> dict[str, Any]:
     """config.json of a Qwen2 of that size."""
     return {
         "model_type": "qwen2",
@@ -83,7 +89,45 @@ def architecture(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
         "num_key_value_heads": hidden // 64,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
-    }
+    } | others
+
+
+def published(hidden: int, layers: int, intermediate: int, key_value_heads: int, **others: Any) -> dict[str, Any]:
+    """config.json of a Qwen2.5 as its makers publish it, in bfloat16; the weights are drawn here."""
+    sizes = {"intermediate_size": intermediate, "num_key_value_heads": key_value_heads, "rope_theta": 1000000.0}
+    heads = {"num_attention_heads": hidden // (64 if hidden < 1000 else 128), "max_position_embeddings": 32768}
+    return architecture(hidden, layers, 151936, **sizes, **heads, dtype="bfloat16", **others)
+
+
+@dataclass(frozen=True)
+class Size:
+    """An architecture, and what a step of it trains on."""
+
+    config: dict[str, Any]
+    rows: int
+    length: int
+    dtype: str = "float32"
+    methods: tuple[str, ...] = ("full", "lora")
+
+
+SIZES = {
+    "cpu": {  # about 1, 5 and 25 million parameters
+        "small": Size(architecture(128, 4, 8192), 8, 64),
+        "medium": Size(architecture(256, 6, 8192), 4, 128),
+        "large": Size(architecture(512, 8, 8192), 4, 128),
+    },
+    "cuda": {
+        "qwen2.5-0.5b": Size(published(896, 24, 4864, 2), 8, 2048, "bfloat16"),
+        "qwen2.5-1.5b": Size(published(1536, 28, 8960, 2), 4, 2048, "bfloat16"),
+        "qwen2.5-7b": Size(
+            published(3584, 28, 18944, 4, vocab_size=152064, tie_word_embeddings=False), 2, 2048, "bfloat16"
+        ),
+    },
+}
+# What we would change of the equal settings for speed alone. Rows here are all full and all labels, which leaves a CPU
+# nothing to gain; benchmarks/waterfall.py has rows as they are.
+RECOMMENDATIONS: dict[str, dict[str, Any]] = {"cuda": {"logits": "label_tokens", "compile": True}}
+PRECISIONS = {"float32": "fp32", "bfloat16": "pure_bf16"}  # of a dtype, in the words of a study
 
 
 def run_of(work: Workload) -> Run:
@@ -104,6 +148,7 @@ def run_of(work: Workload) -> Run:
                 max_length=work.length,
                 max_steps=work.steps,
                 epochs=None,
+                precision=PRECISIONS[work.dtype],
                 learning_rate=work.learning_rate,
                 schedule="constant",
                 threads_per_process=work.threads,
@@ -115,9 +160,8 @@ def run_of(work: Workload) -> Run:
 
 def prepare(folder: Path, work: Workload) -> None:
     """Make model, rows and batches of a workload in `folder`."""
-    hidden, layers, _, _ = SIZES[work.size]
     (folder / "architecture").mkdir(parents=True)
-    (folder / "architecture" / "config.json").write_text(json.dumps(architecture(hidden, layers, 8192)))
+    (folder / "architecture" / "config.json").write_text(json.dumps(SIZES[work.device][work.size].config))
     corpora.build_arithmetic_tokenizer().save_pretrained(folder / "tokenizer")
     model = RandomModel(source="random", config="architecture", tokenizer="tokenizer")
     models.prepare(model, folder / "model", data_root=folder)
@@ -154,8 +198,20 @@ def prepare(folder: Path, work: Workload) -> None:
     ours = np.stack([batch.labels.numpy() for batch in batches])  # the next token at each place
     theirs = np.concatenate([np.full_like(ours[..., :1], -100), ours[..., :-1]], axis=-1)  # the token at each place
     np.savez(folder / "batches.npz", input_ids=ids, labels=theirs)
-    write_json(folder / "run.json", run_of(work).training_spec())
+    run = run_of(work)
+    write_json(folder / "run.json", run.training_spec())
+    if work.device in RECOMMENDATIONS:
+        factors = run.factors.model_copy(update=RECOMMENDATIONS[work.device])
+        write_json(folder / "recommended.json", run.model_copy(update={"factors": factors}).training_spec())
     work.save(folder)
+
+
+def flops_per_token(folder: Path, work: Workload) -> float:
+    """FLOPs that the mathematics of a training step need for each token."""
+    shape = model_shape(AutoConfig.from_pretrained(folder / "model"))
+    adapted = {layer.name: work.lora_rank for layer in shape.linears if layer not in shape.head}
+    trained = Trained(everything=True) if work.method == "full" else Trained(ranks=adapted)
+    return step_flops(shape, trained, [(work.rows, work.length)]).model_flops / work.tokens_per_step
 
 
 def install(environments: Path, names: list[str]) -> None:
@@ -173,19 +229,21 @@ def install(environments: Path, names: list[str]) -> None:
         subprocess.run(["git", "clone", "--quiet", "--depth=1", PEFT_URL, repository], check=True)
 
 
-def race(name: str, folder: Path, environments: Path, warm_up: int, *, everywhere: bool) -> dict[str, Any]:
+def race(name: str, folder: Path, environments: Path, *, everywhere: bool) -> dict[str, Any]:
     """Run one contestant once: tokens per second by our stopwatch, by its own account, and its losses."""
     contestant = CONTESTANTS[name]
     python = environments / name / "bin" / "python" if contestant.requirements else Path(sys.executable)
     work = Workload.load(folder)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    if name == OWN or everywhere:
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if work.device == "cpu":
+        quiet["CUDA_VISIBLE_DEVICES"] = ""
+    if name in (OWN, RECOMMENDED) or everywhere:
         quiet |= KEEP_FREED_MEMORY  # as our launcher starts its workers
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         ended = subprocess.run(
-            [python, HERE / "contestants" / contestant.script, folder, result],
+            [python, HERE / "contestants" / contestant.script, folder, result, *contestant.arguments],
             env=os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / "peft-repository")},
             cwd=scratch,
             capture_output=True,
@@ -196,20 +254,18 @@ def race(name: str, folder: Path, environments: Path, warm_up: int, *, everywher
             message = ended.stderr.strip().splitlines()[-1:] or ["no message"]
             return {"error": message[0]}
         known: dict[str, Any] = json.loads(result.read_text())
-    ends = np.array(known.pop("step_ends_wall_and_cpu_s")[warm_up:])
+    ends = np.array(known.pop("step_ends_wall_and_cpu_s")[work.warm_up_steps :])
     wall_s, cpu_s = (ends[-1] - ends[0]) / (len(ends) - 1)
     return known | {"tokens_per_second": work.tokens_per_step / wall_s, "cpu_s_per_step": cpu_s}
 
 
-def compare(
-    folder: Path, names: list[str], environments: Path, rounds: int, warm_up: int, *, everywhere: bool
-) -> dict[str, Any]:
+def compare(folder: Path, names: list[str], environments: Path, rounds: int, *, everywhere: bool) -> dict[str, Any]:
     """All contestants on one workload, `rounds` times in turn."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(rounds):
         order = names[turn % len(names) :] + names[: turn % len(names)]
         for name in order if turn % 2 == 0 else reversed(order):
-            results[name].append(race(name, folder, environments, warm_up, everywhere=everywhere))
+            results[name].append(race(name, folder, environments, everywhere=everywhere))
             shown = results[name][-1]
             rate = f"{shown['tokens_per_second']:9.0f} tokens/s" if "error" not in shown else shown["error"]
             print(f"    round {turn + 1}/{rounds}  {name:18s} {rate}", flush=True)
@@ -229,6 +285,8 @@ def _summary(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], same_labe
         "ratio": _ratio(_values(ours, "tokens_per_second"), _values(theirs, "tokens_per_second")),
         "cpu_time_ratio": _ratio(_values(theirs, "cpu_s_per_step"), _values(ours, "cpu_s_per_step")),
         "mean_loss_relative_difference": apart,
+        "peak_allocated_bytes": theirs[0]["peak_allocated_bytes"],
+        "rounds": len(theirs),
     }
 
 
@@ -247,8 +305,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--install", action="store_true", help="make the peers' environments, then stop")
     parser.add_argument("--environments", type=Path, default=HERE / "environments", help="where they are")
-    parser.add_argument("--peers", nargs="+", choices=list(CONTESTANTS)[1:], default=list(CONTESTANTS)[1:])
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--peers", nargs="+", choices=list(CONTESTANTS)[2:], default=list(CONTESTANTS)[2:])
+    parser.add_argument("--device", choices=list(SIZES), default="cpu")
+    parser.add_argument("--sizes", nargs="+", help=f"some of {', '.join(name for of in SIZES.values() for name in of)}")
     parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
@@ -258,46 +317,60 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="json file to keep the results in")
     arguments = parser.parse_args()
-    names = [OWN, *arguments.peers]
+    names = [OWN, *([RECOMMENDED] if arguments.device in RECOMMENDATIONS else []), *arguments.peers]
     if arguments.install:
         return install(arguments.environments, names)
+    sizes = SIZES[arguments.device]
+    if unknown := set(arguments.sizes or ()) - set(sizes):
+        parser.error(f"--sizes {' '.join(sorted(unknown))}: on {arguments.device} there are {', '.join(sizes)}")
+    torch.set_num_threads(arguments.threads)
+    dtypes = {size.dtype for size in sizes.values()}
+    ceilings = {dtype: measure_ceiling(arguments.device, dtype).flops_per_s for dtype in dtypes}
     table = []
-    for size in arguments.sizes:
+    for name in arguments.sizes or sizes:
+        size = sizes[name]
         for method in arguments.methods:
-            _, _, rows, length = SIZES[size]
-            work = Workload(size, method, arguments.steps, rows, length, 1e-4, 16, 32, arguments.threads)
-            print(f"{size}, {method}", flush=True)
-            with tempfile.TemporaryDirectory() as folder:
-                prepare(Path(folder) / "work", work)
-                place = arguments.environments.resolve()
-                found = compare(
-                    Path(folder) / "work",
-                    names,
-                    place,
-                    arguments.rounds,
-                    arguments.steps // 4,
-                    everywhere=arguments.our_allocator,
-                )
-            table += [{"size": size, "method": method, "contestant": name, **row} for name, row in found.items()]
+            shape = (arguments.steps, size.rows, size.length)
+            work = Workload(name, method, *shape, 1e-4, 16, 32, arguments.threads, arguments.device, size.dtype)
+            print(f"{name}, {method}", flush=True)
+            table += measure(work, names, arguments, ceilings[size.dtype])
     show(table)
     if arguments.output:
         described = environment(HERE.parent).as_dict()
-        arguments.output.write_text(json.dumps({"rows": table, "environment": described}, indent=1) + "\n")
+        known = {"ceiling_flops_per_s": ceilings, "environment": described}
+        arguments.output.write_text(json.dumps({"rows": table} | known, indent=1) + "\n")
     return None
+
+
+def measure(
+    work: Workload, names: list[str], arguments: argparse.Namespace, ceiling_flops_per_s: float
+) -> list[dict[str, Any]]:
+    """The rows of the table for one workload."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "work"
+        prepare(folder, work)
+        flops = flops_per_token(folder, work)
+        place = arguments.environments.resolve()
+        found = compare(folder, names, place, arguments.rounds, everywhere=arguments.our_allocator)
+    for row in found.values():
+        if "error" not in row:
+            row["mfu"] = row["tokens_per_second"] * flops / ceiling_flops_per_s
+    return [{"size": work.size, "method": work.method, "contestant": name, **row} for name, row in found.items()]
 
 
 def show(table: list[dict[str, Any]]) -> None:
     """Print the table; a ratio over 1 says that TuneMap is faster."""
-    columns = f"{'size':8s} {'method':6s} {'contestant':18s} {'tokens/s':>9s} {'its own':>9s}"
+    columns = f"{'size':12s} {'method':6s} {'contestant':20s} {'tokens/s':>9s} {'its own':>9s} {'MFU':>5s}"
     print(f"\n{columns}  {'ours / its':21s}  {'in CPU time':21s}  loss apart")
     for row in table:
-        start = f"{row['size']:8s} {row['method']:6s} {row['contestant']:18s}"
+        start = f"{row['size']:12s} {row['method']:6s} {row['contestant']:20s}"
         if "error" in row:
             print(f"{start} did not run: {row['error']}")
             continue
         apart = "" if (loss := row["mean_loss_relative_difference"]) is None else f"{loss:.1e}"
         wall, cpu = (_shown(row[name]) for name in ("ratio", "cpu_time_ratio"))
-        print(f"{start} {row['tokens_per_second']:9.0f} {row['own_tokens_per_second']:9.0f}  {wall}  {cpu}  {apart}")
+        rates = f"{row['tokens_per_second']:9.0f} {row['own_tokens_per_second']:9.0f} {row['mfu']:5.0%}"
+        print(f"{start} {rates}  {wall}  {cpu}  {apart}")
 
 
 def _shown(interval: dict[str, float]) -> str:

@@ -13,19 +13,24 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+DEVICES = ("cpu", "cuda")
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "performance.md"
 INTRODUCTION = """# Performance
 
 What TuneMap costs, and what its settings bring. Every table is written by `python benchmarks/performance.py` from a
 file in `benchmarks/results`, which holds the machine with its versions; a table that is missing here has not been
-measured. Ratios and processor time travel between machines, seconds do not. No result of a GPU is among them yet.
+measured. Ratios and processor time travel between machines, seconds do not.
+`make bench`, `make peers` and, where there is a GPU, `make gpu-bench` measure again.
 """
 
 
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
+    introduction = INTRODUCTION
+    if not any(results.glob("*-cuda.json")):
+        introduction += "No result of a GPU is among them yet.\n"
     sections = (overhead, waterfall, peers, gora, tokenisation, extraction, report, scale, executed, growth)
-    return "\n".join([INTRODUCTION, *(text for section in sections if (text := section(results)))])
+    return "\n".join([introduction, *(text for section in sections if (text := section(results)))])
 
 
 def read_results(results: Path, name: str) -> dict[str, Any] | None:
@@ -38,8 +43,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], found: dict[str, 
     """A table of what was `found`, and the machine below it."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     cpu, packages = found["environment"]["cpu"], found["environment"]["packages"]
-    machine = f"*{cpu['model']}, {cpu['usable_cores']} cores, torch {packages['torch']}.*\n"
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n" + machine
+    devices = [gpu["name"] for gpu in found["environment"]["gpus"]]
+    machine = ", ".join([*devices, cpu["model"], f"{cpu['usable_cores']} cores", f"torch {packages['torch']}"])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + f"\n*{machine}.*\n"
 
 
 def _interval(found: dict[str, float], digits: int = 3) -> str:
@@ -68,9 +74,18 @@ def overhead(results: Path) -> str:
 
 def waterfall(results: Path) -> str:
     """What settings bring, one after the other."""
-    found = read_results(results, "waterfall-cpu")
-    if found is None:
-        return ""
+    found = {device: read_results(results, f"waterfall-{device}") for device in DEVICES}
+    tables = [_waterfall(one) for one in found.values() if one is not None]
+    introduction = (
+        "## Settings that make training faster\n\n"
+        "One epoch over the same rows, with lengths spread as in GSM8K; real tokens per second, padding not counted. "
+        "No weight moves, so every setting must have the same loss, and the benchmark fails where it has not "
+        "(`benchmarks/waterfall.py`).\n\n"
+    )
+    return introduction + "\n".join(tables) if tables else ""
+
+
+def _waterfall(found: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['method']}: {row['setting']}",
@@ -82,38 +97,34 @@ def waterfall(results: Path) -> str:
         ]
         for row in found["rows"]
     ]
-    return (
-        "## Settings that make training faster\n\n"
-        "One epoch over the same rows, with lengths spread as in GSM8K; real tokens per second, padding not counted. "
-        "No weight moves, so every setting must have the same loss, and the benchmark fails where it has not "
-        "(`benchmarks/waterfall.py`).\n\n"
-        + _table(["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"], rows, found)
-    )
+    return _table(["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"], rows, found)
 
 
 def peers(results: Path) -> str:
     """The loop beside those of others."""
-    found = read_results(results, "peers-cpu")
-    if found is None:
-        return ""
-    rows = [
-        [f"{row['size']}, {row['method']}: {row['contestant']}", "did not run: " + row["error"], "", ""]
-        if "error" in row
-        else [
-            f"{row['size']}, {row['method']}: {row['contestant']}",
-            f"{row['tokens_per_second']:.0f}",
-            _interval(row["ratio"]),
-            _interval(row["cpu_time_ratio"]),
-        ]
-        for row in found["rows"]
-    ]
-    return (
+    found = {device: read_results(results, f"peers-{device}") for device in DEVICES}
+    tables = [_peers(one) for one in found.values() if one is not None]
+    introduction = (
         "## Beside other tools\n\n"
         "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
         "over 1 says that TuneMap is faster (`benchmarks/peers.py`). What our launcher sets for its workers counts as "
-        "ours: memory that is freed stays with the process. Other work shared the machine, so intervals are wide.\n\n"
-        + _table(["contestant", "tokens/s", "ours / its", "in processor time"], rows, found)
+        "ours: memory that is freed stays with the process. On the CPU the second core ran "
+        "another benchmark. Recommended settings: the section on settings.\n\n"
     )
+    return introduction + "\n".join(tables) if tables else ""
+
+
+def _peers(found: dict[str, Any]) -> str:
+    head = ["contestant", "rounds", "tokens/s", "MFU", "ours / its", "in processor time"]
+    return _table(head, map(_peer, found["rows"]), found)
+
+
+def _peer(row: dict[str, Any]) -> list[str]:
+    name = f"{row['size']}, {row['method']}: {row['contestant']}"
+    if "error" in row:
+        return [name, f"did not run: {row['error']}", "", "", "", ""]
+    ratios = _interval(row["ratio"]), _interval(row["cpu_time_ratio"])
+    return [name, str(row["rounds"]), f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.0%}", *ratios]
 
 
 def gora(results: Path) -> str:

@@ -2,12 +2,13 @@
 
     python benchmarks/waterfall.py                   # CPU, about ten minutes; prints the table
     python benchmarks/waterfall.py --rounds 5 --output benchmarks/results/waterfall-cpu.json
+    python benchmarks/waterfall.py --device cuda --output benchmarks/results/waterfall-cuda.json
 
-One epoch over the same rows in every setting, with lengths spread as in GSM8K (log-normal, prompts of about 110 and
-answers of about 130 tokens) and a vocabulary that is large for the model. The learning rate is so small that no weight
-moves, so the mean loss of a label token must be the same in all settings: a setting that is fast because it leaves
-something out is caught here. Settings take turns; a ratio is taken within a round, its interval is a t interval of its
-logarithm over the rounds. Throughput counts real tokens, never padding.
+One epoch over the same rows in every setting, with lengths spread as in GSM8K (log-normal; on a CPU prompts of about
+110 and answers of about 130 tokens) and a vocabulary that is large for the model; on a GPU Qwen2.5-0.5B's shape.
+The learning rate is so small that no weight moves, so the mean loss of a label token must be the same in all settings:
+a setting that is fast because it leaves something out is caught here. Settings take turns; a ratio is taken within a
+round, its interval is a t interval of its logarithm over the rounds. Throughput counts real tokens, never padding.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import csv
 import json
 import math
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import architecture
+from peers import PRECISIONS, SIZES, Size, architecture
 
 from tunemap import corpora, models
 from tunemap.config import DatasetConfig, Factors, LocalModel, RandomModel
@@ -33,36 +34,53 @@ from tunemap.run import Run
 from tunemap.statistics import mean
 from tunemap.training.launch import Paths, launch
 
-HIDDEN, LAYERS, VOCABULARY = 256, 6, 16384
-ROWS, MAX_LENGTH = 56, 512  # 56 rows make 36 packed ones: whole batches of 4 and of 2, so that no row is left out
-PROMPT, ANSWER, SPREAD = 110, 130, 0.4  # median tokens, and the standard deviation of their logarithm
+SPREAD = 0.4  # standard deviation of the logarithm of the lengths
 ALLOWED = 1e-5  # relative difference of losses: float32 sums in another order
 STILL = 1e-12  # a learning rate that moves no weight
 
+
+@dataclass(frozen=True)
+class Scale:
+    """What is trained: a model, so many rows, padded batches of size.rows of them, median tokens of both parts.
+
+    Rows make whole batches of `size.rows`, and packed whole batches of half as many, so that none is left out.
+    """
+
+    size: Size
+    rows: int
+    prompt: int
+    answer: int
+
+
+SCALES = {
+    "cpu": Scale(Size(architecture(256, 6, 16384), 4, 512), rows=56, prompt=110, answer=130),
+    "cuda": Scale(SIZES["cuda"]["qwen2.5-0.5b"], rows=112, prompt=440, answer=520),
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "padded to max_length": {"batching": "fixed_length"},
     "padded to the longest": {"batching": "longest"},
     "similar lengths together": {"batching": "length_grouped"},
-    "packed": {"batching": "packed", "per_device_batch_size": 2},
-    "packed, logits of labels": {"batching": "packed", "per_device_batch_size": 2, "logits": "label_tokens"},
+    "packed": {"batching": "packed"},
+    "packed, logits of labels": {"batching": "packed", "logits": "label_tokens"},
+    "the same, compiled": {"batching": "packed", "logits": "label_tokens", "compile": True},
 }
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, scale: Scale) -> None:
     """Model, rows and tokens in `folder`."""
     (folder / "architecture").mkdir(parents=True)
-    (folder / "architecture" / "config.json").write_text(json.dumps(architecture(HIDDEN, LAYERS, VOCABULARY)))
+    (folder / "architecture" / "config.json").write_text(json.dumps(scale.size.config))
     corpora.build_arithmetic_tokenizer().save_pretrained(folder / "tokenizer")
     model = RandomModel(source="random", config="architecture", tokenizer="tokenizer")
     models.prepare(model, folder / "model", data_root=folder)
     rng = np.random.default_rng(0)
 
     def digits(median: int) -> str:
-        count = min(MAX_LENGTH // 2 - 20, round(median * float(rng.lognormal(0.0, SPREAD))))
+        count = min(scale.size.length // 2 - 20, round(median * float(rng.lognormal(0.0, SPREAD))))
         return "".join(map(str, rng.integers(0, 10, count)))  # a token each
 
-    for name, count in (("train", ROWS), ("test", 1)):
-        rows = [{"prompt": digits(PROMPT), "answer": digits(ANSWER)} for _ in range(count)]
+    for name, count in (("train", scale.rows), ("test", 1)):
+        rows = [{"prompt": digits(scale.prompt), "answer": digits(scale.answer)} for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = {
         "train_file": "train.jsonl",
@@ -76,17 +94,18 @@ def prepare(folder: Path) -> None:
         folder / "dataset",
         folder / "model",
         folder / "tokens",
-        max_length=MAX_LENGTH,
+        max_length=scale.size.length,
         prompt_template=None,
         system_prompt=None,
     )
 
 
-def run_of(method: str, threads: int, setting: dict[str, Any]) -> Run:
+def run_of(scale: Scale, method: str, threads: int, setting: dict[str, Any]) -> Run:
     """One epoch in a setting."""
     factors = {
-        "per_device_batch_size": 4,
-        "max_length": MAX_LENGTH,
+        "per_device_batch_size": scale.size.rows // 2 if setting["batching"] == "packed" else scale.size.rows,
+        "max_length": scale.size.length,
+        "precision": PRECISIONS[scale.size.dtype],
         "epochs": 1.0,
         "learning_rate": STILL,
         "threads_per_process": threads,
@@ -107,14 +126,14 @@ def run_of(method: str, threads: int, setting: dict[str, Any]) -> Run:
     )
 
 
-def measure(run: Run, prepared: Path) -> dict[str, float]:
+def measure(run: Run, prepared: Path, device: str) -> dict[str, float]:
     """Train once: real tokens per second, peak memory, and the mean loss of a label token over the epoch."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         folders = {one: prepared / one for one in ("model", "dataset", "tokens")}
         paths = Paths(**folders, work=work / "work", weights=work / "weights", steps=work / "steps.csv",
                       outcome=work / "outcome.json")  # fmt: skip
-        launch(run, paths, device="auto")
+        launch(run, paths, device=device)
         outcome = read_json(paths.outcome)
         if outcome["outcome"] != "ok":
             raise SystemExit(f"{run.factors.batching}: {outcome['outcome']}: {outcome['reason']}")
@@ -131,14 +150,14 @@ def measure(run: Run, prepared: Path) -> dict[str, float]:
     }
 
 
-def waterfall(method: str, prepared: Path, rounds: int, threads: int) -> list[dict[str, Any]]:
+def waterfall(method: str, prepared: Path, device: str, rounds: int, threads: int) -> list[dict[str, Any]]:
     """Every setting, `rounds` times in turn, against the first and against the one before it."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
     for turn in range(rounds):
         names = list(SETTINGS) if turn % 2 == 0 else list(reversed(SETTINGS))
         for name in names:
             print(f"{method}, round {turn + 1}/{rounds}: {name}", flush=True)
-            results[name].append(measure(run_of(method, threads, SETTINGS[name]), prepared))
+            results[name].append(measure(run_of(SCALES[device], method, threads, SETTINGS[name]), prepared, device))
     first = next(iter(SETTINGS))
     table, before = [], first
     for name, found in results.items():
@@ -169,17 +188,20 @@ def _ratio(above: list[dict[str, float]], below: list[dict[str, float]]) -> dict
 def main() -> None:
     """Read the command line, measure, print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=list(SCALES), default="cpu")
     parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="json file to keep the results in")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder) / "prepared")
+        prepare(Path(folder) / "prepared", SCALES[arguments.device])
         table = [
             row
             for method in arguments.methods
-            for row in waterfall(method, Path(folder) / "prepared", arguments.rounds, arguments.threads)
+            for row in waterfall(
+                method, Path(folder) / "prepared", arguments.device, arguments.rounds, arguments.threads
+            )
         ]
     columns = f"{'method':6s} {'setting':26s} {'tokens/s':>8s}"
     print(f"\n{columns}  {'of the first':22s} {'of the one before':22s} {'peak MB':>7s}")

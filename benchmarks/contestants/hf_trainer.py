@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from workload import Stopwatch, Workload
 
 COMMON: dict[str, Any] = {
-    "use_cpu": True,
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
@@ -60,7 +59,7 @@ class InOrder(Trainer):
 
 def model_of(folder: Path, work: Workload) -> Any:
     """The model, with an adapter on all linear layers where the method is LoRA."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, work.dtype)).to(work.device)
     if work.method == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -76,6 +75,7 @@ def settings_of(work: Workload, output: str) -> dict[str, Any]:
     """What the workload says, in the words of TrainingArguments."""
     return COMMON | {
         "output_dir": output,
+        "use_cpu": work.device == "cpu",
         "per_device_train_batch_size": work.rows,
         "max_steps": work.steps,
         "learning_rate": work.learning_rate,
@@ -93,7 +93,7 @@ def main() -> None:
     folder, result = Path(sys.argv[1]), Path(sys.argv[2])
     work = Workload.load(folder)
     torch.set_num_threads(work.threads)
-    watch = Stopwatch(result)
+    watch = Stopwatch(result, work)
     with tempfile.TemporaryDirectory() as output:
         trainer = InOrder(
             model=model_of(folder, work),

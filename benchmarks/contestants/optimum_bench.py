@@ -18,7 +18,7 @@ def main() -> None:
     """Train."""
     folder, result = Path(sys.argv[1]), Path(sys.argv[2])
     work = Workload.load(folder)
-    watch = Stopwatch(result)
+    watch = Stopwatch(result, work)
     _carry(watch)
     adapter: dict[str, Any] = {}
     if work.method == "lora":
@@ -28,8 +28,8 @@ def main() -> None:
         model=str(folder / "model"),
         task="text-generation",
         library="transformers",
-        device="cpu",
-        torch_dtype="float32",
+        device=work.device,
+        torch_dtype=work.dtype,
         inter_op_num_threads=1,
         intra_op_num_threads=work.threads,
         eval_mode=False,

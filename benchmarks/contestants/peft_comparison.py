@@ -42,7 +42,7 @@ def main() -> None:
     folder, result = Path(sys.argv[1]), Path(sys.argv[2])
     work = Workload.load(folder)
     torch.set_num_threads(work.threads)
-    watch = Stopwatch(result)
+    watch = Stopwatch(result, work)
     batches = Batches(folder, work)
     sys.path.insert(0, str(Path(os.environ["PEFT_REPOSITORY"], "method_comparison", "MetaMathQA")))
     peft.utils.infer_device = lambda: "cuda"  # it refuses a CPU; CUDA's memory counters say 0 where there is none

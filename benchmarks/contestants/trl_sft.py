@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(work.threads)
     rows = Rows(folder)
     columns = {"input_ids": rows.ids.tolist(), "labels": rows.labels.tolist()}
-    watch = Stopwatch(result)
+    watch = Stopwatch(result, work)
     with tempfile.TemporaryDirectory() as output:
         plain = {"max_length": work.length, "gradient_checkpointing": False, "bf16": False}
         trainer = InOrder(

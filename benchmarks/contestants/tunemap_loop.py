@@ -1,4 +1,7 @@
-"""TuneMap's own worker, as its launcher starts it: python tunemap_loop.py WORKLOAD_FOLDER RESULT_FILE."""
+"""TuneMap's own worker, as its launcher starts it: python tunemap_loop.py WORKLOAD_FOLDER RESULT_FILE RUN_FILE.
+
+The run file is one of the folder.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from workload import Stopwatch
+from workload import Stopwatch, Workload
 
 from tunemap.training import worker
 from tunemap.training.heartbeat import Heartbeat
@@ -17,7 +20,8 @@ from tunemap.training.heartbeat import Heartbeat
 def main() -> None:
     """Train, with a stopwatch at the sign of life that the loop gives at the end of each step."""
     folder, result = Path(sys.argv[1]), Path(sys.argv[2])
-    watch = Stopwatch(result)
+    work = Workload.load(folder)
+    watch = Stopwatch(result, work)
     beat = Heartbeat.beat
 
     def timed(self: Heartbeat, step: int, phase: str) -> None:
@@ -32,9 +36,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [
             "--run-file",
-            folder / "run.json",
+            folder / sys.argv[3],
             "--device",
-            "cpu",
+            work.device,
             "--work",
             scratch,
             "--weights",

@@ -3,10 +3,10 @@
     model/            weights and tokenizer in the hub's layout
     dataset/, tokens/ the same rows as TuneMap prepares them
     batches.npz       input_ids and labels [steps, rows, length], in the order in which TuneMap trains on them
-    run.json          the same as a run of TuneMap
-    workload.json     method, steps, batch, length, learning rate, threads
+    run.json          the same as a run of TuneMap; recommended.json with what we would set for speed
+    workload.json     method, steps, batch, length, learning rate, threads, device, dtype
 
-Imports nothing but numpy and the standard library, because each contestant runs in an environment of its own.
+Imports nothing but torch and the standard library, because each contestant runs in an environment of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,18 @@ class Workload:
     lora_rank: int
     lora_alpha: int
     threads: int
+    device: str  # cpu or cuda
+    dtype: str  # of the weights and of the arithmetic; adapters are float32
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step."""
         return self.rows * self.length
+
+    @property
+    def warm_up_steps(self) -> int:
+        """First steps that nobody's time counts."""
+        return self.steps // 4
 
     def save(self, folder: Path) -> None:
         """Write it down for the contestants."""
@@ -48,17 +57,24 @@ class Workload:
 
 
 class Stopwatch:
-    """Notes the time at which each optimizer step ended, in the same way for everybody."""
+    """Notes the time at which each optimizer step ended, in the same way for everybody.
 
-    def __init__(self, result: Path) -> None:
-        self._result = result
+    On a GPU it waits for the device at the first and at the last of the steps that count, and at no other, so that a
+    loop that runs ahead of its device is neither hindered nor believed.
+    """
+
+    def __init__(self, result: Path, work: Workload) -> None:
+        self._result, self._work = result, work
         self._ends: list[tuple[float, float]] = []
 
     def step_ended(self) -> None:
         """Note the time, and the CPU time of this process: the steadier of the two on a shared machine."""
+        if self._work.device == "cuda" and len(self._ends) in (self._work.warm_up_steps, self._work.steps - 1):
+            torch.cuda.synchronize()
         self._ends.append((time.perf_counter(), time.process_time()))
 
     def save(self, *, losses: list[float], own_tokens_per_second: float | None) -> None:
-        """Leave times, losses and what the contestant itself calls its throughput."""
+        """Leave times, losses, what the contestant itself calls its throughput, and a GPU's peak of allocated bytes."""
         known: dict[str, Any] = {"losses": losses, "own_tokens_per_second": own_tokens_per_second}
+        known["peak_allocated_bytes"] = torch.cuda.max_memory_allocated() if self._work.device == "cuda" else None
         self._result.write_text(json.dumps({"step_ends_wall_and_cpu_s": self._ends, **known}))

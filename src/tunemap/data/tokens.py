@@ -35,6 +35,8 @@ from tunemap.files import damaged, read_json, read_sealed, sha256_of, write_atom
 TRAIN, TEST, TEST_ROWS = "train.npz", "test.npz", "test.jsonl"
 MANIFEST, STATISTICS = "tokens.json", "statistics.json"
 
+TEXTS_AT_ONCE = 1000
+
 TaskKind = Literal["generation", "classification"]
 Integers = npt.NDArray[np.int64]
 
@@ -227,9 +229,9 @@ def _prompt_ids(
 
 
 def _ids(tokenizer: Any, texts: list[str], **options: Any) -> list[list[int]]:
-    """One batch through the tokenizer, which refuses an empty one."""
-    ids: list[list[int]] = tokenizer(texts, **options)["input_ids"] if texts else []
-    return ids
+    """Some texts at a time, because a tokenizer also returns where each token stood, many times the size of its id."""
+    batches = (texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE))
+    return [ids for batch in batches for ids in tokenizer(batch, **options)["input_ids"]]
 
 
 def _start_ids(tokenizer: Any) -> list[int]:

@@ -25,7 +25,7 @@ demo: install ## run the default study on this machine's CPU and write its repor
 	@echo "The report: $(abspath results/quickstart/report.html)"
 
 test: install lint ## run every test
-	pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slurm-campaign: install ## disturb runs on a real Slurm, run whole studies there (an hour), print what a job costs
 	python tests/slurm/cluster.py install || true

@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test slurm-campaign studies lint format types bench peers gpu-check gpu-bench fuzz chaos resume clean
+.PHONY: help install demo test slurm-campaign studies lint format bench peers gpu-check gpu-bench fuzz chaos resume clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

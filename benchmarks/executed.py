@@ -6,7 +6,7 @@
 In a copy of the checkout, the programs that train and evaluate are replaced by a stub that writes a made-up outcome
 (tests/unit/report/fake_results.py) and ends; all else is the product: study file, plan, Snakemake with
 `--profile profiles/local`, one job for each training and each evaluation, tables, figures, database and report. Then
-the same command again, which must find nothing to do.
+a dry run of the same command, which must find nothing to do.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def execute(runs: int) -> dict[str, Any]:
         again = subprocess.run([*snakemake, "--dry-run"], cwd=root, env=os.environ | {"PATH": path}, **CAPTURED)
         again_s = time.monotonic() - began
         if "Nothing to be done" not in again.stdout:
-            raise SystemExit(f"the same command again does not find everything done:\n{again.stdout[-2000:]}")
+            raise SystemExit(f"a dry run of the same command does not find everything done:\n{again.stdout[-2000:]}")
         done = root / "results" / "scale"
         return {
             "runs": runs,

@@ -1,7 +1,7 @@
 """Training throughput side by side with what people use today, at equal settings.
 
     python benchmarks/peers.py --install             # once: each peer in an environment of its own, from PyPI
-    python benchmarks/peers.py                       # CPU; about 20 minutes; prints the table
+    python benchmarks/peers.py                       # CPU; about an hour; prints the table
     python benchmarks/peers.py --peers trl --sizes small --rounds 5 --output benchmarks/results/peers-cpu.json
     python benchmarks/peers.py --device cuda --output benchmarks/results/peers-cuda.json
 
@@ -107,7 +107,6 @@ class Size:
     rows: int
     length: int
     dtype: str = "float32"
-    methods: tuple[str, ...] = ("full", "lora")
 
 
 SIZES = {
@@ -316,6 +315,7 @@ def main() -> None:
         "--our-allocator", action="store_true", help="let everybody keep freed memory, as our launcher's workers do"
     )
     parser.add_argument("--output", type=Path, help="json file to keep the results in")
+    parser.add_argument("--note", help="what a reader of the results must know of their making; kept with them")
     arguments = parser.parse_args()
     names = [OWN, *([RECOMMENDED] if arguments.device in RECOMMENDATIONS else []), *arguments.peers]
     if arguments.install:
@@ -337,7 +337,7 @@ def main() -> None:
     show(table)
     if arguments.output:
         described = environment(HERE.parent).as_dict()
-        known = {"ceiling_flops_per_s": ceilings, "environment": described}
+        known = {"note": arguments.note, "ceiling_flops_per_s": ceilings, "environment": described}
         arguments.output.write_text(json.dumps({"rows": table} | known, indent=1) + "\n")
     return None
 

@@ -108,23 +108,25 @@ def peers(results: Path) -> str:
         "## Beside other tools\n\n"
         "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
         "over 1 says that TuneMap is faster (`benchmarks/peers.py`). What our launcher sets for its workers counts as "
-        "ours: memory that is freed stays with the process. On the CPU the second core ran "
-        "another benchmark. Recommended settings: the section on settings.\n\n"
+        "ours: memory that is freed stays with the process. Recommended settings: the section "
+        "on settings.\n\n"
     )
     return introduction + "\n".join(tables) if tables else ""
 
 
 def _peers(found: dict[str, Any]) -> str:
-    head = ["contestant", "rounds", "tokens/s", "MFU", "ours / its", "in processor time"]
-    return _table(head, map(_peer, found["rows"]), found)
+    head = ["contestant", "rounds", "tokens/s", "MFU", "peak GB", "ours / its", "in processor time"]
+    note = f"\n{found['note']}\n" if found["note"] else ""
+    return _table(head, map(_peer, found["rows"]), found) + note
 
 
 def _peer(row: dict[str, Any]) -> list[str]:
     name = f"{row['size']}, {row['method']}: {row['contestant']}"
     if "error" in row:
-        return [name, f"did not run: {row['error']}", "", "", "", ""]
+        return [name, f"did not run: {row['error']}", "", "", "", "", ""]
+    peak = "" if row["peak_allocated_bytes"] is None else f"{row['peak_allocated_bytes'] / 1e9:.1f}"
     ratios = _interval(row["ratio"]), _interval(row["cpu_time_ratio"])
-    return [name, str(row["rounds"]), f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.0%}", *ratios]
+    return [name, str(row["rounds"]), f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.0%}", peak, *ratios]
 
 
 def gora(results: Path) -> str:
@@ -249,7 +251,7 @@ def executed(results: Path) -> str:
     return (
         "## Large studies, executed\n\n"
         "The whole workflow with one job for each training and each evaluation, which a stub stands in for, to the "
-        "report; then the same command again, which finds nothing to do (`benchmarks/executed.py`).\n\n"
+        "report; then a dry run of the same command, which finds nothing to do (`benchmarks/executed.py`).\n\n"
         + _table(["runs", "outcomes", "wall time", "a run", "largest process MB", "again"], rows, found)
     )
 

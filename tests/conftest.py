@@ -35,7 +35,7 @@ class ByFileOrFolder(LoadFileScheduling):  # type: ignore[misc]
         return folder if folder in SHARED_BY_FOLDER else file
 
 
-@pytest.hookimpl(optionalhook=True)  # there is no such hook without pytest-xdist
+@pytest.hookimpl(optionalhook=True)  # with `-p no:xdist` there is no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFileOrFolder:
     """The scheduler above, whatever `--dist` says."""
     return ByFileOrFolder(config, log)

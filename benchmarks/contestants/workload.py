@@ -3,7 +3,7 @@
     model/            weights and tokenizer in the hub's layout
     dataset/, tokens/ the same rows as TuneMap prepares them
     batches.npz       input_ids and labels [steps, rows, length], in the order in which TuneMap trains on them
-    run.json          the same as a run of TuneMap; recommended.json with what we would set for speed
+    run.json          the same as a run of TuneMap; on a GPU recommended.json has what we would set for speed
     workload.json     method, steps, batch, length, learning rate, threads, device, dtype
 
 Imports nothing but torch and the standard library, because each contestant runs in an environment of its own.

@@ -34,7 +34,7 @@ from tunemap.methods.peft_types import load_method_state, method_state
 from tunemap.training.finished import CHECKPOINT, OLD_CHECKPOINT
 from tunemap.training.loop import TrainingState
 
-CURRENT, NEXT, OLD = CHECKPOINT, f"{CHECKPOINT}.next", OLD_CHECKPOINT
+NEXT_CHECKPOINT = f"{CHECKPOINT}.next"
 MANIFEST = "manifest.json"
 
 
@@ -48,7 +48,7 @@ class Found:
 
 def save(folder: Path, state: TrainingState, world: World, *, digest: str, strategy: str) -> None:
     """Write a checkpoint of all ranks into `folder`; every rank must call this."""
-    target = folder / NEXT
+    target = folder / NEXT_CHECKPOINT
     if world.is_main:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
@@ -83,9 +83,9 @@ def find(folder: Path, world: World, *, digest: str) -> Found:
 
 def _look(folder: Path, digest: str) -> Found:
     """What one rank finds, which moves folders: the others must not look at the same time."""
-    current = folder / CURRENT
-    if not (current / MANIFEST).exists() and (folder / OLD / MANIFEST).exists():
-        current = folder / OLD  # killed between the two renames of `_replace`
+    current = folder / CHECKPOINT
+    if not (current / MANIFEST).exists() and (folder / OLD_CHECKPOINT / MANIFEST).exists():
+        current = folder / OLD_CHECKPOINT  # killed between the two renames of `_replace`
     if not (current / MANIFEST).exists():
         return Found(None, "no checkpoint: starting from the first step")
     try:
@@ -100,8 +100,8 @@ def _look(folder: Path, digest: str) -> Found:
     broken = [name for name, expected in manifest["sha256"].items() if not _whole(current / name, expected)]
     if broken:
         return _set_aside(current, ", ".join(broken))
-    if current.name != CURRENT:
-        current.rename(folder / CURRENT)
+    if current.name != CHECKPOINT:
+        current.rename(folder / CHECKPOINT)
     return Found(manifest, f"resuming after step {manifest['step']}")
 
 
@@ -114,7 +114,7 @@ def _set_aside(checkpoint: Path, broken: str) -> Found:
 
 def restore(folder: Path, state: TrainingState, world: World, manifest: dict[str, Any]) -> None:
     """Bring `state` and the random generators of this rank to where the checkpoint was written."""
-    contents = torch.load(folder / CURRENT / f"rank{world.rank}.pt", map_location=world.device, weights_only=True)
+    contents = torch.load(folder / CHECKPOINT / f"rank{world.rank}.pt", map_location=world.device, weights_only=True)
     trained = _trained(state.model)
     with torch.no_grad():
         for name, tensor in contents["trained"].items():
@@ -164,8 +164,8 @@ def _whole(path: Path, expected: str) -> bool:
 
 def _replace(folder: Path) -> None:
     """Put the new checkpoint in the old one's place; at each moment one of them is complete under a known name."""
-    shutil.rmtree(folder / OLD, ignore_errors=True)
-    if (folder / CURRENT).exists():
-        (folder / CURRENT).rename(folder / OLD)
-    (folder / NEXT).rename(folder / CURRENT)
-    shutil.rmtree(folder / OLD, ignore_errors=True)
+    shutil.rmtree(folder / OLD_CHECKPOINT, ignore_errors=True)
+    if (folder / CHECKPOINT).exists():
+        (folder / CHECKPOINT).rename(folder / OLD_CHECKPOINT)
+    (folder / NEXT_CHECKPOINT).rename(folder / CHECKPOINT)
+    shutil.rmtree(folder / OLD_CHECKPOINT, ignore_errors=True)

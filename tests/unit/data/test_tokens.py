@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tunemap.config import DatasetConfig
+from tunemap.data import tokens as tokens_module
 from tunemap.data.rows import read_rows, write_rows
 from tunemap.data.sources import prepare
 from tunemap.data.tokenizers import load_tokenizer
@@ -97,6 +98,20 @@ def test_tokenising_twice_gives_the_same_bytes(tmp_path: Path, arithmetic_folder
     tokenized(tmp_path / "b", arithmetic_folder)
     for path in sorted((tmp_path / "a" / "tokens").iterdir()):
         assert path.read_bytes() == (tmp_path / "b" / "tokens" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(("task", "folder"), [("arithmetic", "arithmetic_folder"), ("sst2", "sentiment_folder")])
+def test_how_many_texts_go_at_once_changes_nothing(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, task: str, folder: str
+) -> None:
+    tokenizer = request.getfixturevalue(folder)
+    (tmp_path / "few").mkdir()
+    whole = tokenized(tmp_path, tokenizer, task, max_length=20)
+    monkeypatch.setattr(tokens_module, "TEXTS_AT_ONCE", 3)  # 40 rows: the last batch has one
+    few = tokenized(tmp_path / "few", tokenizer, task, max_length=20)
+    for name in ("input_ids", "offsets", "prompt_tokens", "answer_tokens"):
+        for split in ("train", "test"):
+            assert np.array_equal(getattr(getattr(whole, split), name), getattr(getattr(few, split), name))
 
 
 def test_worked_examples_that_are_rows_are_counted(tmp_path: Path, arithmetic_folder: Path) -> None:

@@ -65,6 +65,17 @@ def test_seed_decides_the_rows(tokens):
     assert rows_of(batches_of(tokens)) != rows_of(batches_of(tokens, seed=4))
 
 
+def test_no_row_is_drawn_twice(tokens):
+    every = batches_of(tokens, batch_count=5, batch_size=8)  # as many as there are
+    drawn = [
+        tuple(ids[mask.bool()].tolist())
+        for one in every
+        for ids, mask in zip(one["input_ids"], one["attention_mask"], strict=True)
+    ]
+    rows = [tuple(tokens.train.sequence(index).tolist()) for index in range(len(tokens.train))]
+    assert sorted(drawn) == sorted(rows)
+
+
 def test_widest_batch_has_most_columns(tokens):
     batches = batches_of(tokens)
     assert widest(batches)["input_ids"].shape[1] == max(batch["input_ids"].shape[1] for batch in batches)

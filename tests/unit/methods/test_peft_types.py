@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from four_bit import quantised
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
@@ -63,20 +64,6 @@ def batch_for(task_type: str) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, 48, (4, 16), generator=torch.Generator().manual_seed(0))
     labels = ids if task_type == "CAUSAL_LM" else torch.tensor([0, 1, 1, 0])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def quantised(model: nn.Module) -> nn.Module:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = copy.deepcopy(model)
-    for name in linear_shapes(model):
-        linear = model.get_submodule(name)
-        packed = bitsandbytes.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type="nf4"
-        )
-        packed.load_state_dict(linear.state_dict())
-        packed.support_avx512bf16_for_cpu = False
-        model.set_submodule(name, packed.to("cpu").requires_grad_(False))
-    return model
 
 
 REQUIRED = {"TRAINABLE_TOKENS": {"token_indices": list(range(24))}}

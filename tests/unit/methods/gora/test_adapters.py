@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from gora_examples import LADDER, mean_loss, quantised, some_batches, state_of, tiny_qwen2
+from four_bit import quantised
+from gora_examples import LADDER, mean_loss, some_batches, state_of, tiny_qwen2
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn

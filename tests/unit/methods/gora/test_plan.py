@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from gora_examples import plain_gradients, quantised, some_batches, state_of, tiny_qwen2
+from four_bit import quantised
+from gora_examples import plain_gradients, some_batches, state_of, tiny_qwen2
 from torch import nn
 
 from tunemap.errors import UserError

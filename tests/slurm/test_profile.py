@@ -3,10 +3,13 @@
 import re
 import subprocess
 
+import pytest
 import yaml
 
-from tests.workflow.conftest import STUDY, make_checkout
+from tests.workflow.conftest import FULL, STUDY, make_checkout
+from tunemap.training.devices import visible_gpu_count
 
+SLURM_DRY_RUN = ["snakemake", "--dry-run", "--profile", "slurm", "--configfile", "study.yaml"]
 NODES = {"strategy": "ddp", "gpus": 8, "nodes": 2, "threads_per_process": 3}
 
 
@@ -19,18 +22,14 @@ def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
     study = STUDY | {"hardware": {"device": "cuda"}, "experiments": experiments}
     checkout = make_checkout(repository, tmp_path / "checkout", study)
     done = subprocess.run(
-        ["snakemake", "--dry-run", "--profile", "slurm", "--configfile", "study.yaml"],
+        SLURM_DRY_RUN,
         cwd=checkout.root,
         env=checkout.environment(),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    asked = {}
-    for job in re.split(r"^(?:local)?rule ", done.stdout + done.stderr, flags=re.MULTILINE)[1:]:
-        found = re.search(r"^    resources: (.*)$", job, flags=re.MULTILINE)
-        run = re.search(r"wildcards:.*?run=([^,\s]+)", job)
-        asked[job.split(":")[0], run[1] if run else ""] = dict(part.split("=") for part in found[1].split(", "))
+    asked = requests_of(done.stdout + done.stderr)
     (kernels,) = [needed for (rule, _), needed in asked.items() if rule == "measure_kernels"]
     assert (kernels["gpu"], kernels["nodes"]) == ("1", "1")
     single = asked["train", "small.arithmetic.full.time_limit_minutes-100.0.seed-0"]
@@ -52,6 +51,31 @@ def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
     assert "gpu" not in several
     assert asked["evaluate", name]["gpu"] == "4"
     assert asked["train", "small.arithmetic.base"]["gpu"] == "0"
+
+
+@pytest.mark.skipif(visible_gpu_count() > 0, reason="is about machines without a GPU")
+def test_what_auto_is_where_no_gpu_is_seen_depends_on_where_jobs_go(repository, tmp_path):
+    checkout = make_checkout(repository, tmp_path / "checkout", STUDY | {"hardware": {"device": "auto"}})
+    here = checkout.snakemake("--dry-run", "--cores", "3")
+    environment = checkout.environment()
+    there = subprocess.run(SLURM_DRY_RUN, cwd=checkout.root, env=environment, capture_output=True, text=True)
+    asked_here, asked_there = (requests_of(done.stdout + done.stderr) for done in (here, there))
+    for job in (("train", FULL), ("capture", FULL)):  # a timed run on this CPU has it to itself
+        assert (asked_here[job]["threads"], asked_here[job]["gpu"]) == ("3", "0")
+        assert asked_there[job]["gpu"] == "1"
+    assert "threads" not in asked_here["evaluate", FULL]
+
+
+def requests_of(dry_run: str) -> dict[tuple[str, str], dict[str, str]]:
+    """Resources and threads (where they are not 1) by rule and run, as a dry run prints them."""
+    asked = {}
+    for job in re.split(r"^(?:local)?rule ", dry_run, flags=re.MULTILINE)[1:]:
+        found = re.search(r"^    resources: (.*)$", job, flags=re.MULTILINE)
+        threads = re.search(r"^    threads: (.*)$", job, flags=re.MULTILINE)
+        run = re.search(r"wildcards:.*?run=([^,\s]+)", job)
+        requested = dict(part.split("=") for part in found[1].split(", "))
+        asked[job.split(":")[0], run[1] if run else ""] = requested | ({"threads": threads[1]} if threads else {})
+    return asked
 
 
 def test_every_key_of_the_profiles_has_its_reason(repository):

@@ -16,6 +16,7 @@ from tunemap.duplicates import what_is_left
 from tunemap.errors import UserError
 from tunemap.frozen import FrozenPlan, freeze, thaw
 from tunemap.study_file import load_plan
+from tunemap.training.devices import device_kind
 
 RETRIES = (
     "TUNEMAP_RETRIES"  # --retries of the main process; inside of jobs it is always 0
@@ -177,9 +178,24 @@ def evaluation_spec(wildcards):
     return PLAN.evaluation_spec(wildcards.run)
 
 
+def jobs_stay_here():
+    """Whether this machine runs the jobs. Dry runs count as local; one for a cluster has a number of jobs."""
+    of_cluster = workflow.dryrun and workflow.resource_settings.nodes is not None
+    return workflow.local_exec and not of_cluster
+
+
+def scheduled_device():
+    """What jobs run on. Where they stay on this machine, `auto` is what it has; of others nobody knows yet."""
+    if PLAN.device == "auto" and jobs_stay_here():
+        return device_kind("auto")
+    return PLAN.device
+
+
 def run_threads(wildcards):
-    """Cores of one node."""
-    return requests.node_cpus(PLAN.runs[wildcards.run], device=PLAN.device)
+    """Cores of one node; on this machine's CPU all of them: what ran beside a timed run would slow it."""
+    if jobs_stay_here() and scheduled_device() == "cpu":
+        return workflow.cores
+    return requests.node_cpus(PLAN.runs[wildcards.run], device=scheduled_device())
 
 
 def model_bytes(wildcards):
@@ -190,7 +206,7 @@ def run_mem_mb(wildcards, attempt):
     """Host memory of one node."""
     return requests.training_memory_mb(
         PLAN.runs[wildcards.run],
-        device=PLAN.device,
+        device=scheduled_device(),
         model_bytes=model_bytes(wildcards),
         predicted=PLAN.prediction(wildcards.run),
         attempt=attempt,
@@ -254,17 +270,18 @@ def run_gpus(wildcards):
 def run_all_gpus(wildcards):
     return (
         0
-        if PLAN.device == "cpu" or PLAN.runs[wildcards.run].is_base
+        if scheduled_device() == "cpu" or PLAN.runs[wildcards.run].is_base
         else PLAN.runs[wildcards.run].factors.gpus
     )
 
 
 def evaluation_gpus(wildcards):
     factors = PLAN.runs[wildcards.run].factors
-    return 0 if PLAN.device == "cpu" else factors.gpus // factors.nodes
+    return 0 if scheduled_device() == "cpu" else factors.gpus // factors.nodes
 
 
 def device(wildcards):
+    """`hardware.device` of the study; a job finds out itself what `auto` is where it runs."""
     return PLAN.device
 
 

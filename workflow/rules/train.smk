@@ -13,7 +13,7 @@ rule train:
         weights=directory("results/{study}/runs/{run}/weights"),
     log:
         "logs/{study}/train/{run}.log",
-    # Timed runs take turns: what waits for its turn goes first, all else uses the cores that are left.
+    # Timed runs take turns: what waits for its turn goes first, all else uses the cores that a run on GPUs leaves.
     priority: 1
     conda:
         "../../envs/train.yaml"

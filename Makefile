@@ -17,6 +17,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@$(BIN)/python -m compileall -q src  # once: with PYTHONDONTWRITEBYTECODE each process would compile it again
 	@touch $(INSTALLED)
 
 demo: install ## run the default study on this machine's CPU and write its report
@@ -55,6 +56,7 @@ bench: install ## print what the instruments cost, GoRA beside LoRA, planned bes
 	python benchmarks/scale.py
 	python benchmarks/executed.py
 	python benchmarks/tokenisation.py
+	python benchmarks/alternatives.py
 
 peers: install ## race the training loop against TRL, the Trainer, PEFT's loop and optimum-benchmark (an hour)
 	python benchmarks/peers.py --install

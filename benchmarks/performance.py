@@ -29,7 +29,8 @@ def page(results: Path = RESULTS) -> str:
     introduction = INTRODUCTION
     if not any(results.glob("*-cuda.json")):
         introduction += "No result of a GPU is among them yet.\n"
-    sections = (overhead, waterfall, peers, gora, tokenisation, extraction, report, scale, executed, growth)
+    sections = (overhead, waterfall, peers, gora, tokenisation, extraction, extraction_peers)
+    sections += (report, scale, executed, alternatives, growth)
     return "\n".join([introduction, *(text for section in sections if (text := section(results)))])
 
 
@@ -169,6 +170,31 @@ def extraction(results: Path) -> str:
     )
 
 
+def extraction_peers(results: Path) -> str:
+    """The same events read by others."""
+    found = read_results(results, "extraction-peers-cpu")
+    if found is None:
+        return ""
+    return (
+        "## Facts of a profile, beside other tools\n\n"
+        f"The same {found['peers'][0]['kernels']:,} kernels of four GPUs for each, imports included; how far compute "
+        "and idle time are from the truth, in milliseconds. nsys-ai counts copies as idle, by its definition "
+        "(`benchmarks/extraction.py --peers`).\n\n"
+        + _table(
+            ["tool", "input", "seconds", "peak MB", "compute off by", "idle off by"],
+            map(_extraction_peer, found["peers"]),
+            found,
+        )
+    )
+
+
+def _extraction_peer(row: dict[str, Any]) -> list[str]:
+    if "failure" in row:
+        return [row["tool"], row["input"], f"failed: {row['failure']}", "", "", ""]
+    off = [f"{row[f'{part}_ms'] - row[f'true_{part}_ms']:+.3f}" for part in ("compute", "idle")]
+    return [row["tool"], row["input"], f"{row['total_s']:.2f}", f"{row['peak_mb']:.0f}", *off]
+
+
 def report(results: Path) -> str:
     """Tables, page and database, as a study grows."""
     found = read_results(results, "report-cpu")
@@ -253,6 +279,44 @@ def executed(results: Path) -> str:
         "The whole workflow with one job for each training and each evaluation, which a stub stands in for, to the "
         "report; then a dry run of the same command, which finds nothing to do (`benchmarks/executed.py`).\n\n"
         + _table(["runs", "outcomes", "wall time", "a run", "largest process MB", "again"], rows, found)
+    )
+
+
+def alternatives(results: Path) -> str:
+    """Planning, tables and page beside what one would do without TuneMap."""
+    found = read_results(results, "alternatives-cpu")
+    if found is None:
+        return ""
+    planning = [
+        [
+            f"{row['number']}: {row['method']}",
+            f"{row['published_mib']:,.0f}",
+            f"{row['planned_mib']:,.0f} ({row['planned_error']:+.1%})",
+            f"{row['accelerate_mib']:,.0f} ({row['accelerate_error']:+.1%})",
+        ]
+        for row in found["planning"]
+    ]
+    tables = [
+        [
+            f"{row['runs']:,.0f}",
+            *(
+                f"{row[f'{name}_cpu_s']:.1f} s, {row[f'{name}_peak_bytes'] / 1e6:.0f} MB"
+                for name in ("tunemap", "pandas")
+            ),
+        ]
+        for row in found["tables"]
+    ]
+    pages = [[row["page"], f"{row['cpu_s']:.1f}", f"{row['bytes'] / 1e6:.2f}"] for row in found["pages"]]
+    return (
+        "## Beside what one would do without it\n\n"
+        "`benchmarks/alternatives.py`. Peak memory that others published of one GPU, in MiB: as planned here with "
+        "their settings, and as `accelerate estimate-memory` tells it of the model, which it is asked for alone.\n\n"
+        + _table(["published", "MiB", "planned", "accelerate"], planning, found)
+        + "\nTables of made-up studies: ours, with checksums, gates, intervals and comparisons, and ten lines of "
+        "pandas that write means and deviations.\n\n"
+        + _table(["runs", "TuneMap", "pandas"], tables, found)
+        + "\nThe page of the default study.\n\n"
+        + _table(["page", "processor seconds", "MB"], pages, found)
     )
 
 

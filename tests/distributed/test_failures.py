@@ -156,13 +156,15 @@ def test_ranks_end_with_a_launcher_that_is_killed(material, tmp_path):
     named = ("model", "dataset", "tokens", "work", "weights", "steps", "outcome")
     arguments = [str(tmp_path / "run.json"), *(str(getattr(paths, name)) for name in named)]
     launcher = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + ranks.WAIT_SECONDS
-    while len(read_beats(paths.work)) < 2:
-        assert time.monotonic() < deadline
-        assert launcher.poll() is None
-        time.sleep(0.1)
-    launcher.kill()
-    launcher.wait()
+    try:
+        deadline = time.monotonic() + ranks.WAIT_SECONDS
+        while len(read_beats(paths.work)) < 2:
+            assert time.monotonic() < deadline
+            assert launcher.poll() is None
+            time.sleep(0.1)
+    finally:  # a test that fails must not leave ranks that train until the suite ends
+        launcher.kill()
+        launcher.wait()
     assert processes_of(tmp_path) == []
 
 

@@ -26,7 +26,7 @@ demo: install ## run the default study on this machine's CPU and write its repor
 	@echo "The report: $(abspath results/quickstart/report.html)"
 
 test: install lint ## run every test
-	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slurm-campaign: install ## disturb runs on a real Slurm, run whole studies there (an hour), print what a job costs
 	python tests/slurm/cluster.py install || true

@@ -74,12 +74,13 @@ rule figures:
         "logs/{study}/figures.log",
     conda:
         "../../envs/report.yaml"
+    threads: 4
     params:
         source=source_digest("make_figures"),
         plan=tables_plan,
     shell:
         "python {input.script} --plan {params.plan:q} --results results/{wildcards.study}"
-        " --figures {output} >{log} 2>&1"
+        " --figures {output} --processes {threads} >{log} 2>&1"
 
 
 rule database:

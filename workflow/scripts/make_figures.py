@@ -13,8 +13,9 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, required=True, help="the plan of the study")
     parser.add_argument("--results", type=Path, required=True, help="folder of the study's results")
     parser.add_argument("--figures", type=Path, required=True, help="folder to write")
+    parser.add_argument("--processes", type=int, default=1, help="how many draw at a time")
     arguments = parser.parse_args()
-    write_figures(arguments.results / "tables", arguments.figures, arguments.plan)
+    write_figures(arguments.results / "tables", arguments.figures, arguments.plan, processes=arguments.processes)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ They read family A of `tunemap.corpora` and are accepted only once they can do w
 A base that knows its equations but cannot copy operands makes fine-tuning a lottery (full fine-tuning reached 98 %
 with one seed and 20 % with the next), so training stops at two accuracies, not at a number of steps.
 
+The optimizer is AdamW at a high rate that hardly falls while it is used. Muon passes the gates in two thirds of the
+steps, but LoRA on its base reached 20 % with one of two seeds; where AdamW's rate falls fast, no method reached 20 %.
+
 The same seed gives the same bytes on the same kind of CPU, because one thread and a private random state do it all.
 """
 

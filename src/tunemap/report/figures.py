@@ -12,7 +12,10 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +62,11 @@ class Drawing:
     alt: str
 
 
-def write_figures(tables_dir: Path, figures_dir: Path, plan_path: Path) -> None:
+def write_figures(tables_dir: Path, figures_dir: Path, plan_path: Path, *, processes: int = 1) -> None:
     """Draw every figure that has something to show, as SVG, PDF and PNG, and figures.json that describes them."""
-    facts_dir = figures_dir.parent / "facts"
-    index = [asdict(one) for one in _draw_all(read_json(plan_path), tables_dir, facts_dir, figures_dir, None)]
+    plan, facts_dir = read_json(plan_path), figures_dir.parent / "facts"
+    drawn = _draw_all(plan, tables_dir, facts_dir, figures_dir, None, processes=processes)
+    index = [asdict(one) for one in drawn]
     write_atomic(figures_dir / "figures.json", json.dumps(index, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -100,30 +104,49 @@ def _draw_all(
     output_dir: Path | None,
     only: str | None,
     runs: Sequence[str] = (),
+    *,
+    processes: int = 1,
 ) -> Iterator[Drawing]:
+    tables = read_tables(tables_dir)
+    asked = [
+        (scene.only(runs) if runs else scene, kind)
+        for scene in scenes(plan, tables, facts_dir)
+        for kind in KINDS
+        if only in (None, f"{scene.name}-{kind}")
+    ]
+    with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
+        drawn = (pool.map if pool else map)(_draw, *zip(*asked, strict=True), repeat(output_dir)) if asked else ()
+        yield from (drawing for drawing in drawn if drawing is not None)
+    study = plan["report"].get("published")
+    if study is None or runs:  # a published figure has no points to choose from
+        return
+    rows = (records(table) for table in (tables.points, tables.runs, tables.comparisons, tables.gates))
     with matplotlib.style.context(STYLE):
-        tables = read_tables(tables_dir)
-        for scene in scenes(plan, tables, facts_dir):
-            for kind, (draw, title) in KINDS.items():
-                name = f"{scene.name}-{kind}"
-                drawn = draw(scene.only(runs) if runs else scene) if only in (None, name) else None
-                if drawn is None:
-                    continue
-                figure, caption, alt = drawn
-                _save(figure, name, output_dir)
-                yield Drawing(name, scene.name, kind, title, caption, alt)
-        study = plan["report"].get("published")
-        if study is None or runs:  # a published figure has no points to choose from
-            return
-        rows = (records(table) for table in (tables.points, tables.runs, tables.comparisons, tables.gates))
-        source = Source(plan, *rows)
-        for name, title, figure, caption, alt in published_figures(study, source, tables.losses, facts_dir):
+        for name, title, figure, caption, alt in published_figures(
+            study, Source(plan, *rows), tables.losses, facts_dir
+        ):
             if only in (None, name):
                 _save(figure, name, output_dir)
                 yield Drawing(name, PUBLISHED, name, title, caption, alt)
 
 
+def _draw(scene: Scene, kind: str, output_dir: Path | None) -> Drawing | None:
+    """Draw one figure of an experiment, in any process; None where it has nothing to show."""
+    draw, title = KINDS[kind]
+    with matplotlib.style.context(STYLE):
+        drawn = draw(scene)
+        if drawn is None:
+            return None
+        figure, caption, alt = drawn
+        name = f"{scene.name}-{kind}"
+        _save(figure, name, output_dir)
+        return Drawing(name, scene.name, kind, title, caption, alt)
+
+
 def _save(figure: Figure, name: str, output_dir: Path | None) -> None:
+    if output_dir and figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()  # lays it out, once for all formats
+        figure.set_layout_engine("none")
     for ending, metadata in FORMATS.items() if output_dir else ():
         buffer = io.BytesIO()
         figure.savefig(buffer, format=ending, metadata=metadata)

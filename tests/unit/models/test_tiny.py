@@ -12,6 +12,7 @@ from tunemap.errors import UserError
 from tunemap.files import read_json
 from tunemap.models import prepare, tiny
 from tunemap.models.loading import Quantization, load_model, load_tokenizer
+from tunemap.startup import keep_freed_memory
 
 ARCHITECTURES = ("qwen2", "distilbert")
 
@@ -88,7 +89,8 @@ def test_accuracies_are_measured_by_generation():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The tiny Qwen2 of the default seed; about a minute and a half."""
+    """The tiny Qwen2 of the default seed; about a minute."""
+    keep_freed_memory()
     folder = tmp_path_factory.mktemp("tiny") / "qwen2"
     prepare(TinyModel(source="tiny"), folder)
     return folder

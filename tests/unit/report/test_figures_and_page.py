@@ -51,8 +51,8 @@ def digests(folder):
 # --- figures ----------------------------------------------------------------------------------------------
 
 
-def test_same_tables_give_the_same_bytes(study, tmp_path):
-    figures.write_figures(study.results_dir / "tables", tmp_path, study.plan_path)
+def test_same_tables_give_the_same_bytes_in_any_number_of_processes(study, tmp_path):
+    figures.write_figures(study.results_dir / "tables", tmp_path, study.plan_path, processes=2)
     assert digests(tmp_path) == digests(study.results_dir / "figures")
 
 

@@ -11,7 +11,7 @@ from .conftest import Checkout, make_checkout
 
 HOSTILE = 'it\'s $(touch pwned) `touch pwned` "x"; touch pwned &'
 # What a rule may put into its command without quotes: chosen from a list, a number, or of letters, digits and .-_+
-PLAIN = re.compile(r"(input|output|log|wildcards|resources)\b|params\.(device|backend)$")
+PLAIN = re.compile(r"(input|output|log|wildcards|resources|threads)\b|params\.(device|backend)$")
 
 
 def test_every_text_that_a_study_gives_is_quoted_in_the_commands(repository):

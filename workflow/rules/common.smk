@@ -191,11 +191,22 @@ def scheduled_device():
     return PLAN.device
 
 
+def timed_threads(threads):
+    """Cores of what is timed and needs so many: on this machine's CPU all, since what ran beside it would slow it."""
+    return (
+        workflow.cores if jobs_stay_here() and scheduled_device() == "cpu" else threads
+    )
+
+
 def run_threads(wildcards):
-    """Cores of one node; on this machine's CPU all of them: what ran beside a timed run would slow it."""
-    if jobs_stay_here() and scheduled_device() == "cpu":
-        return workflow.cores
-    return requests.node_cpus(PLAN.runs[wildcards.run], device=scheduled_device())
+    """Cores of one node."""
+    run = PLAN.runs[wildcards.run]
+    return timed_threads(requests.node_cpus(run, device=scheduled_device()))
+
+
+def inference_threads(wildcards):
+    """Inference is timed too, by as many processes as an evaluation has."""
+    return timed_threads(evaluation_threads(wildcards))
 
 
 def model_bytes(wildcards):

@@ -14,7 +14,7 @@ rule measure_inference:
         "logs/{study}/inference/{run}.log",
     conda:
         "../../envs/train.yaml"
-    threads: evaluation_threads
+    threads: inference_threads
     resources:
         gpu=evaluation_gpus,
         mem_mb=evaluation_mem_mb,

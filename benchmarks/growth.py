@@ -78,7 +78,9 @@ def draw(results: Path = RESULTS) -> plt.Figure:
                 panel.set(xscale="log", yscale="log")
             above.set_title(f"Growth with {thing}")
             below.set_xlabel(thing)
-            above.legend()
+            if len(lines) > 2:  # room for the names above the lines
+                above.set_ylim(top=300 * above.get_ylim()[1])
+            above.legend(fontsize="small")
         panels[0, 0].set_ylabel("processor seconds")
         panels[1, 0].set_ylabel("peak memory in MB")
     return figure

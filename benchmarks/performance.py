@@ -54,6 +54,10 @@ def _interval(found: dict[str, float], digits: int = 3) -> str:
     return f"{middle:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
 
+def _cost(processor_s: float, peak_bytes: float) -> str:
+    return f"{processor_s:.1f} s, {peak_bytes / 1e6:.0f} MB"
+
+
 def overhead(results: Path) -> str:
     """What the instruments of the loop cost."""
     found = read_results(results, "overhead-cpu")
@@ -225,7 +229,7 @@ def scale(results: Path) -> str:
     rows = [
         [
             f"{one['runs']:,}",
-            *(f"{one[stage]['processor_s']:.1f} s, {one[stage]['peak_bytes'] / 1e6:.0f} MB" for stage in stages),
+            *(_cost(one[stage]["processor_s"], one[stage]["peak_bytes"]) for stage in stages),
         ]
         for one in found["sizes"]
     ]
@@ -299,10 +303,7 @@ def alternatives(results: Path) -> str:
     tables = [
         [
             f"{row['runs']:,.0f}",
-            *(
-                f"{row[f'{name}_cpu_s']:.1f} s, {row[f'{name}_peak_bytes'] / 1e6:.0f} MB"
-                for name in ("tunemap", "pandas")
-            ),
+            *(_cost(row[f"{name}_cpu_s"], row[f"{name}_peak_bytes"]) for name in ("tunemap", "pandas")),
         ]
         for row in found["tables"]
     ]

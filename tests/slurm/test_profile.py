@@ -55,12 +55,16 @@ def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
 
 @pytest.mark.skipif(visible_gpu_count() > 0, reason="is about machines without a GPU")
 def test_what_auto_is_where_no_gpu_is_seen_depends_on_where_jobs_go(repository, tmp_path):
-    checkout = make_checkout(repository, tmp_path / "checkout", STUDY | {"hardware": {"device": "auto"}})
+    first, *others = STUDY["experiments"]
+    study = STUDY | {"hardware": {"device": "auto"}, "experiments": [first | {"inference": True}, *others]}
+    checkout = make_checkout(repository, tmp_path / "checkout", study)
     here = checkout.snakemake("--dry-run", "--cores", "3")
     environment = checkout.environment()
     there = subprocess.run(SLURM_DRY_RUN, cwd=checkout.root, env=environment, capture_output=True, text=True)
     asked_here, asked_there = (requests_of(done.stdout + done.stderr) for done in (here, there))
-    for job in (("train", FULL), ("capture", FULL)):  # a timed run on this CPU has it to itself
+    for job in (
+        (rule, FULL) for rule in ("train", "capture", "measure_inference")
+    ):  # a timed run on this CPU has it to itself
         assert (asked_here[job]["threads"], asked_here[job]["gpu"]) == ("3", "0")
         assert asked_there[job]["gpu"] == "1"
     assert "threads" not in asked_here["evaluate", FULL]

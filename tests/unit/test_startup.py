@@ -47,7 +47,6 @@ def test_garbage_of_a_process_that_has_torch_is_collected(monkeypatch):
 
 FREE_AND_TAKE = """
 import resource, sys
-from tunemap import startup
 from tunemap.startup import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()

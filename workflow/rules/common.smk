@@ -3,6 +3,7 @@ import json
 import os
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 CHECKOUT = Path(workflow.basedir)
@@ -184,10 +185,16 @@ def jobs_stay_here():
     return workflow.local_exec and not of_cluster
 
 
+@cache
+def this_machines_device():
+    """What `auto` is here; asked once, since each question starts the driver's library anew."""
+    return device_kind("auto")
+
+
 def scheduled_device():
     """What jobs run on. Where they stay on this machine, `auto` is what it has; of others nobody knows yet."""
     if PLAN.device == "auto" and jobs_stay_here():
-        return device_kind("auto")
+        return this_machines_device()
     return PLAN.device
 
 

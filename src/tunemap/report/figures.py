@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _draw_all(
         if only in (None, f"{scene.name}-{kind}")
     ]
     with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
-        drawn = (pool.map if pool else map)(_draw, *zip(*asked, strict=True), repeat(output_dir)) if asked else ()
+        drawn = (pool.map if pool else map)(partial(_draw, output_dir), asked)
         yield from (drawing for drawing in drawn if drawing is not None)
     study = plan["report"].get("published")
     if study is None or runs:  # a published figure has no points to choose from
@@ -130,8 +130,9 @@ def _draw_all(
                 yield Drawing(name, PUBLISHED, name, title, caption, alt)
 
 
-def _draw(scene: Scene, kind: str, output_dir: Path | None) -> Drawing | None:
-    """Draw one figure of an experiment, in any process; None where it has nothing to show."""
+def _draw(output_dir: Path | None, asked: tuple[Scene, str]) -> Drawing | None:
+    """Draw one kind of figure of an experiment, in any process; None where it has nothing to show."""
+    scene, kind = asked
     draw, title = KINDS[kind]
     with matplotlib.style.context(STYLE):
         drawn = draw(scene)

@@ -89,7 +89,7 @@ def test_accuracies_are_measured_by_generation():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The tiny Qwen2 of the default seed; about a minute."""
+    """The tiny Qwen2 of the default seed; one and a half to three minutes."""
     keep_freed_memory()
     folder = tmp_path_factory.mktemp("tiny") / "qwen2"
     prepare(TinyModel(source="tiny"), folder)

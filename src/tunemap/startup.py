@@ -1,8 +1,7 @@
-"""A quick start of processes that import torch, transformers and peft, and an allocator that suits their tensors."""
+"""A quick start of processes that import torch, transformers and peft: thousands of modules, hardly any garbage."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from collections.abc import Iterator
@@ -28,17 +27,3 @@ def collection_paused() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what this process frees, from now on; does nothing elsewhere.
-
-    It would give each large tensor back to the system and ask for it again in the next step, page by page: a quarter
-    of a small model's step. The launcher says the same to its workers by variables (`launch.KEEP_FREED_MEMORY`).
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(_M_MMAP_MAX, 0)
-        library.mallopt(_M_TRIM_THRESHOLD, -1)  # never

@@ -1,13 +1,10 @@
-"""The pause of the garbage collector while modules are imported, and memory that stays with a process."""
+"""The pause of the garbage collector while modules are imported."""
 
 import gc
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tunemap import startup
 from tunemap.startup import collection_paused
 
 
@@ -43,28 +40,3 @@ def test_garbage_of_a_process_that_has_torch_is_collected(monkeypatch):
     with collection_paused():
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
-
-
-FREE_AND_TAKE = """
-import resource, sys
-from tunemap.startup import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-bytearray(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    bytearray(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
-def test_memory_that_was_freed_is_taken_again_without_page_faults():
-    source = str(Path(startup.__file__).resolve().parents[1])
-    faults = {
-        how: int(subprocess.check_output([sys.executable, "-c", FREE_AND_TAKE, how], env={"PYTHONPATH": source}))
-        for how in ("keep", "give back")
-    }
-    pages = 20 * (1 << 24) // 4096
-    assert faults["keep"] < pages / 100
-    assert faults["give back"] > 10 * faults["keep"]

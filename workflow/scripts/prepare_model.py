@@ -8,7 +8,6 @@ from pydantic import TypeAdapter
 from tunemap.config import ModelConfig
 from tunemap.models import prepare
 from tunemap.script import run_script
-from tunemap.startup import keep_freed_memory
 
 
 def main() -> None:
@@ -18,7 +17,6 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path(), help="where relative paths start")
     parser.add_argument("--destination", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
-    keep_freed_memory()
     model = TypeAdapter(ModelConfig).validate_json(arguments.spec)
     prepare(model, arguments.destination, data_root=arguments.data_root, show_progress=True)
 

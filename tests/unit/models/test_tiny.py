@@ -12,7 +12,6 @@ from tunemap.errors import UserError
 from tunemap.files import read_json
 from tunemap.models import prepare, tiny
 from tunemap.models.loading import Quantization, load_model, load_tokenizer
-from tunemap.startup import keep_freed_memory
 
 ARCHITECTURES = ("qwen2", "distilbert")
 
@@ -89,8 +88,7 @@ def test_accuracies_are_measured_by_generation():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The tiny Qwen2 of the default seed; one and a half to three minutes."""
-    keep_freed_memory()
+    """The tiny Qwen2 of the default seed; about a minute and a half."""
     folder = tmp_path_factory.mktemp("tiny") / "qwen2"
     prepare(TinyModel(source="tiny"), folder)
     return folder

@@ -24,7 +24,7 @@ from typing import Any
 from tunemap.errors import UserError
 from tunemap.files import damaged, read_json, read_sealed, write_atomic, write_json, write_sealed
 from tunemap.run import Run
-from tunemap.startup import collection_paused
+from tunemap.startup import quick_imports
 from tunemap.training import finished, parent
 from tunemap.training.devices import Devices, lease_devices
 from tunemap.training.failure import Failure, describe, how_it_ended, is_of_storage, leave_failure, read_failures
@@ -179,7 +179,7 @@ def main() -> None:
 
 
 def _evaluate_share(arguments: argparse.Namespace) -> None:
-    with collection_paused():
+    with quick_imports():
         from tunemap.evaluate import evaluate_share
 
     heartbeat = Heartbeat(arguments.work, arguments.rank)

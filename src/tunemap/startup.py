@@ -3,27 +3,57 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch reads it at each use of torch.compile
 
 
 @contextmanager
-def collection_paused() -> Iterator[None]:
+def quick_imports() -> Iterator[None]:
+    """Wrap around the first import of torch, transformers and peft; they take three quarters of the time.
+
+    No garbage is collected meanwhile, and nothing is compiled that a library wants compiled for itself.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_no_compilation())
+        if "torch" not in sys.modules and gc.isenabled():  # where it is, the heap holds other things to collect
+            stack.enter_context(_quick_imports())
+        yield
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
     """No garbage collection while torch and its company are imported, and none of what they made afterwards.
 
     The collector would look through the growing heap again and again: a fifth of the time of these imports. What
     they leave, half a million objects, lives to the end of the process. Without the freeze a full collection would
     walk over it, for a quarter of a second, in the middle of a timed step.
-
-    Does nothing where torch is imported already: then the heap holds other things, whose garbage has to go.
     """
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def _no_compilation() -> Iterator[None]:
+    """No `torch.compile` by the modules imported meanwhile; afterwards it does what it did before.
+
+    bitsandbytes 0.50 compiles functions of its slow path when it is imported. That alone brings in torch's compiler,
+    550 modules and a sixth of the time of all imports; and a run that uses such a function would compile in the
+    middle of a step that nobody asked to be compiled.
+    """
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before

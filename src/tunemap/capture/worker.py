@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tunemap.files import write_json
 from tunemap.run import Run
-from tunemap.startup import collection_paused
+from tunemap.startup import quick_imports
 from tunemap.training.failure import describe, leave_failure
 from tunemap.training.parent import end_with_parent
 
@@ -63,7 +63,7 @@ def shortened(run: Run, backend: str) -> Run:
 
 
 def _capture(arguments: argparse.Namespace) -> None:
-    with collection_paused():
+    with quick_imports():
         import torch
 
         from tunemap.data.tokens import load_tokens

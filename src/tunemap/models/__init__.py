@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.config import HubModel, LocalModel, ModelConfig, RandomModel
-from tunemap.startup import collection_paused
+from tunemap.startup import quick_imports
 
 
 def prepare(
@@ -24,7 +24,7 @@ def prepare(
     Raises:
         UserError: a path, download, override or pretraining that does not work out, with what to do about it.
     """
-    with collection_paused():
+    with quick_imports():
         from tunemap.models.describe import describe
     from tunemap.models.folder import build_folder, write_manifest
 

@@ -18,8 +18,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,6 +199,7 @@ class _Qwen2Learner(_Learner):
     """Next-token prediction on packed blocks of family A; gates: all equations, and copying of operands."""
 
     BATCH, BLOCK = 32, 128  # rows, tokens per row
+    DOCUMENTS = 1000  # tokenised at once
     PROBLEMS = 200  # word problems read for the copying gate
 
     def __init__(self, seed: int, recipe: Recipe) -> None:
@@ -207,13 +210,22 @@ class _Qwen2Learner(_Learner):
         )
         self._rng = random.Random(seed)
         self._tokens: list[int] = []
+        # Reading takes a tenth of a step's time, so another core does it; by a tokenizer of its own, since whether one
+        # pads is a state of it.
+        self._readers_tokenizer = corpora.build_arithmetic_tokenizer()
+        self._reader = ThreadPoolExecutor(1)
+        self._next = self._reader.submit(self._read)
+
+    def _read(self) -> list[int]:
+        """Tokens of the next documents."""
+        documents = [corpora.pretraining_document(self._rng) for _ in range(self.DOCUMENTS)]
+        return list(chain.from_iterable(self._readers_tokenizer(documents)["input_ids"]))
 
     def loss(self) -> Tensor:
         count = self.BATCH * self.BLOCK
         while len(self._tokens) < count:
-            documents = [corpora.pretraining_document(self._rng) for _ in range(1000)]
-            for ids in self.tokenizer(documents)["input_ids"]:
-                self._tokens += ids
+            self._tokens += self._next.result()
+            self._next = self._reader.submit(self._read)
         block = torch.tensor(self._tokens[:count]).view(self.BATCH, self.BLOCK)
         del self._tokens[:count]
         return self.model(input_ids=block, labels=block, use_cache=False).loss

@@ -20,7 +20,7 @@ from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
 from tunemap.planner.prediction import ON_GPUS, Account, Data, Prediction, copies_of_gloo
 from tunemap.run import Run
-from tunemap.startup import collection_paused
+from tunemap.startup import quick_imports
 
 SHOWN_ON_GPUS = (
     "device", "memory_bytes", "device_peak_bytes", "verdict", "step_seconds_low", "step_seconds_high",
@@ -115,7 +115,7 @@ def on_gpus(
 def make_account(run: Run, data: Data, target: Target, *, data_root: Path, results: Path) -> Account | NoAccount:
     """The account of a run, or the reason why its step cannot be run without contents."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # kernels that no plan computes with
-    with collection_paused():
+    with quick_imports():
         import torch
 
         from tunemap.planner.memory import account

@@ -26,7 +26,7 @@ from tunemap.flaws import let_through
 from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, tripped
 from tunemap.measure.clock import Moment, PartsTimer, process_age_s
 from tunemap.run import Run
-from tunemap.startup import collection_paused
+from tunemap.startup import quick_imports
 from tunemap.training.failure import InvalidRunError, describe, leave_failure
 from tunemap.training.heartbeat import STOP, Heartbeat
 from tunemap.training.parent import end_with_parent
@@ -135,7 +135,7 @@ def _train(job: Job, progress: Progress) -> None:
     started = Moment.now(ago_s=process_age_s())
     parts = PartsTimer(since_process_start=True)
     with progress.during("load"), parts.part("load"):
-        with collection_paused():
+        with quick_imports():
             import torch
 
             from tunemap.data.tokens import load_tokens

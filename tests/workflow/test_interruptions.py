@@ -7,7 +7,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from .conftest import BASE, FULL, LORA, make_checkout
+from .conftest import BASE, FULL, LORA
+
+NEW_RUNS = [run.replace("seed-0", "seed-1") for run in (FULL, LORA)]
 
 
 def _heed_interrupts() -> None:
@@ -20,8 +22,11 @@ def _is_final(outcome: Path) -> bool:
     return outcome.exists() and json.loads(outcome.read_text())["outcome"] == "ok"
 
 
-def test_interrupted_study_finishes_without_repeating_runs(repository, tmp_path):
-    checkout = make_checkout(repository, tmp_path / "checkout")
+def test_interrupted_study_finishes_without_repeating_runs(copy):
+    checkout, study = copy, copy.study()  # model and data are prepared; two runs with another seed are to be trained
+    del study["experiments"][0]["profile"]
+    checkout.write_study(study | {"experiments": [one | {"seeds": [1]} for one in study["experiments"]]})
+    (checkout.results / "report.html").unlink()
     process = subprocess.Popen(
         checkout.command(),
         cwd=checkout.root,
@@ -31,7 +36,7 @@ def test_interrupted_study_finishes_without_repeating_runs(repository, tmp_path)
         start_new_session=True,
         preexec_fn=_heed_interrupts,
     )
-    outcomes = [checkout.results / "runs" / run / "outcome.json" for run in (FULL, LORA)]
+    outcomes = [checkout.results / "runs" / run / "outcome.json" for run in NEW_RUNS]
     deadline = time.monotonic() + 300
     while not any(map(_is_final, outcomes)) and time.monotonic() < deadline:
         assert process.poll() is None, "the workflow ended before it could be interrupted"
@@ -46,5 +51,5 @@ def test_interrupted_study_finishes_without_repeating_runs(repository, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for path, written in first.items():  # Snakemake may not have seen the end of the job, and runs it once more
         assert path.read_text() == written, f"{path} was computed again"
-    assert {checkout.outcome(run)["outcome"] for run in (FULL, LORA, BASE)} == {"ok"}
+    assert {checkout.outcome(run)["outcome"] for run in (*NEW_RUNS, BASE)} == {"ok"}
     assert (checkout.results / "report.html").exists()

@@ -57,6 +57,7 @@ bench: install ## print what the instruments cost, GoRA beside LoRA, planned bes
 	python benchmarks/executed.py
 	python benchmarks/tokenisation.py
 	python benchmarks/alternatives.py
+	python benchmarks/startup.py --peers trainer
 
 peers: install ## race the training loop against TRL, the Trainer, PEFT's loop and optimum-benchmark (an hour)
 	python benchmarks/peers.py --install

@@ -228,22 +228,32 @@ def install(environments: Path, names: list[str]) -> None:
         subprocess.run(["git", "clone", "--quiet", "--depth=1", PEFT_URL, repository], check=True)
 
 
-def race(name: str, folder: Path, environments: Path, *, everywhere: bool) -> dict[str, Any]:
-    """Run one contestant once: tokens per second by our stopwatch, by its own account, and its losses."""
+def command_of(name: str, folder: Path, result: Path, environments: Path) -> list[str | Path]:
+    """What starts a contestant on the workload in `folder`."""
     contestant = CONTESTANTS[name]
     python = environments / name / "bin" / "python" if contestant.requirements else Path(sys.executable)
-    work = Workload.load(folder)
+    return [python, HERE / "contestants" / contestant.script, folder, result, *contestant.arguments]
+
+
+def environment_of(name: str, work: Workload, environments: Path, *, everywhere: bool = False) -> dict[str, str]:
+    """The environment in which a contestant runs; `everywhere` gives our launcher's allocator to all."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if work.device == "cpu":
         quiet["CUDA_VISIBLE_DEVICES"] = ""
     if name in (OWN, RECOMMENDED) or everywhere:
         quiet |= KEEP_FREED_MEMORY  # as our launcher starts its workers
+    return os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / "peft-repository")}
+
+
+def race(name: str, folder: Path, environments: Path, *, everywhere: bool) -> dict[str, Any]:
+    """Run one contestant once: tokens per second by our stopwatch, by its own account, and its losses."""
+    work = Workload.load(folder)
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         ended = subprocess.run(
-            [python, HERE / "contestants" / contestant.script, folder, result, *contestant.arguments],
-            env=os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / "peft-repository")},
+            command_of(name, folder, result, environments),
+            env=environment_of(name, work, environments, everywhere=everywhere),
             cwd=scratch,
             capture_output=True,
             text=True,

@@ -29,7 +29,7 @@ def page(results: Path = RESULTS) -> str:
     introduction = INTRODUCTION
     if not any(results.glob("*-cuda.json")):
         introduction += "No result of a GPU is among them yet.\n"
-    sections = (overhead, waterfall, peers, gora, tokenisation, extraction, extraction_peers)
+    sections = (overhead, waterfall, peers, startup, gora, tokenisation, extraction, extraction_peers)
     sections += (report, scale, executed, alternatives, growth)
     return "\n".join([introduction, *(text for section in sections if (text := section(results)))])
 
@@ -132,6 +132,32 @@ def _peer(row: dict[str, Any]) -> list[str]:
     peak = "" if row["peak_allocated_bytes"] is None else f"{row['peak_allocated_bytes'] / 1e9:.1f}"
     ratios = _interval(row["ratio"]), _interval(row["cpu_time_ratio"])
     return [name, str(row["rounds"]), f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.0%}", peak, *ratios]
+
+
+def startup(results: Path) -> str:
+    """What a run takes besides its steps."""
+    found = read_results(results, "startup-cpu")
+    if found is None:
+        return ""
+    head = ["rounds", "seconds", "processor seconds", "processor time / first"]
+    return (
+        "## Start and end of a run\n\n"
+        "What a run of the smallest workload above takes besides its steps (`benchmarks/startup.py`). Ours is the "
+        "whole command of the rule `train`, with launcher, gates, records, checksums and outcome; the others keep "
+        "nothing, not even the model.\n\n"
+        + _table(
+            ["contestant", *head],
+            (_start(f"{row['method']}: {row['name']}", row) for row in found["runs"]),
+            found,
+        )
+        + "\nMost of it are imports. torch, transformers and peft, imported by a process that does nothing else:\n\n"
+        + _table(["imports", *head], (_start(row["name"], row) for row in found["imports"]), found)
+    )
+
+
+def _start(name: str, row: dict[str, Any]) -> list[str]:
+    seconds = (f"{row[clock]:.1f}" for clock in ("wall_s", "cpu_s"))
+    return [name, str(row["rounds"]), *seconds, _interval(row["cpu_time_ratio"], 2)]
 
 
 def gora(results: Path) -> str:

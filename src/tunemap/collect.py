@@ -20,16 +20,14 @@ A result that belongs to another plan is refused; a missing or broken file is a 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from tunemap.distributed.scaling import SCALING_COLUMNS, scaling_rows
@@ -37,6 +35,7 @@ from tunemap.errors import UserError
 from tunemap.files import read_json, read_sealed, sha256_of, write_atomic
 from tunemap.gates.comparison import memory_prediction_gate
 from tunemap.gates.measurement import mfu_bounds_gate
+from tunemap.loss_curves import Curve, joined, read_curve
 from tunemap.measure.datasheet import datasheet_columns, hardware_of
 from tunemap.planner.calibration import (
     CALIBRATION,
@@ -124,7 +123,6 @@ MEASUREMENTS = (
 )
 EVALUATION = ("task", "task_kind", "split", "metric", "correct", "accuracy", "accuracy_low", "accuracy_high")
 EVALUATION_DETAILS = ("accuracy_flexible", "malformed_share", "truncated_share", "evaluation_time_s")
-LOSS_ROWS = 300  # rows per run in losses.csv; a longer curve is averaged over windows of steps
 
 
 @dataclass(frozen=True)
@@ -156,11 +154,11 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
     plan = read_json(plan_path)
     _refuse_foreign_results(plan, results_dir)
     predictions = read_predictions(results_dir)
-    curves: dict[str, Columns] = {}
+    curves: dict[str, Curve] = {}
     results: dict[str, Result] = {}
     for run, planned in plan["runs"].items():
         result = _read_run(run, planned, results_dir)
-        curve, problem = _read_losses(results_dir / "runs" / run / "steps.csv")
+        curve, problem = read_curve(results_dir / "runs" / run / "steps.csv")
         if problem and result.outcome == "ok" and not result.is_base:
             result = replace(result, gates=(*result.gates, _gate("steps_file", problem)))
         if curve is not None:
@@ -180,7 +178,7 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
         points=_frame(points, POINT_COLUMNS),
         comparisons=_frame(comparisons, COMPARISON_COLUMNS),
         gates=_frame([*_run_gates(results), *comparison_gates], GATE_COLUMNS),
-        losses=_joined_losses(curves),
+        losses=joined(curves),
         ranks=_frame(list(rank_rows(results)), RANK_COLUMNS),
         scaling=_frame([asdict(row) for row in scaling_rows(rows)], SCALING_COLUMNS),
         environment=_frame(_environment_rows(results), ("name", "value", "runs")),
@@ -335,69 +333,6 @@ def _read_predictions(path: Path) -> tuple[dict[str, bool], str]:
     except (ValueError, KeyError, TypeError) as error:
         return {}, f"{path}: line {number}: no prediction ({error!r})"
     return correct, ""
-
-
-LOSS_COLUMNS = ("step", "elapsed_s", "loss")
-Columns = dict[str, np.ndarray]
-
-
-def _read_losses(path: Path) -> tuple[Columns | None, str]:
-    """Loss per step with ranks joined, averaged over windows of steps where the run is long; or a problem."""
-    try:
-        columns = _read_columns(path, ("rank", "label_tokens", *LOSS_COLUMNS))
-    except FileNotFoundError:
-        return None, f"no {path}"
-    except (ValueError, OSError, csv.Error) as error:
-        return None, f"{path}: {error}"
-    read = np.isfinite(columns["loss"]) & np.isfinite(columns["step"])
-    if not read.any():
-        return None, f"{path}: holds no loss"
-    columns = {name: values[read] for name, values in columns.items()}
-    if (columns["rank"] != columns["rank"][0]).any():
-        columns = _join_ranks(columns)
-    windows = min(LOSS_ROWS, columns["step"].size)
-    edges = np.linspace(0, columns["step"].size, windows + 1).astype(int)
-    counts = np.diff(edges)
-    curve = {
-        "step": columns["step"][edges[1:] - 1].astype(int),
-        "elapsed_s": columns["elapsed_s"][edges[1:] - 1],
-        "loss": np.add.reduceat(columns["loss"], edges[:-1]) / counts,
-    }
-    return curve, ""
-
-
-def _read_columns(path: Path, names: Sequence[str]) -> Columns:
-    """Numbers of a csv file by column, NaN where there is none. pandas takes longer to begin than this to end."""
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
-        head = next(lines, [])
-        if missing := [name for name in names if name not in head]:
-            raise ValueError(f"no column {missing[0]}")
-        places = [head.index(name) for name in names]
-        try:
-            rows = [[float(line[place] or "nan") for place in places] for line in lines]
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"line {lines.line_num}: {error}") from None
-    return dict(zip(names, np.array(rows, dtype=float).reshape(-1, len(names)).T, strict=True))
-
-
-def _joined_losses(curves: dict[str, Columns]) -> pd.DataFrame:
-    """One table of the curves of all runs."""
-    if not curves:
-        return pd.DataFrame(columns=["run", *LOSS_COLUMNS])
-    lengths = [curve["step"].size for curve in curves.values()]
-    joined = {name: np.concatenate([curve[name] for curve in curves.values()]) for name in LOSS_COLUMNS}
-    return pd.DataFrame({"run": np.repeat(np.array(list(curves), dtype=object), lengths)} | joined)
-
-
-def _join_ranks(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One row per step: loss weighted by each rank's label tokens, time of the slowest rank."""
-    steps, place = np.unique(columns["step"], return_inverse=True)
-    weight = np.maximum(columns["label_tokens"], 1e-9)
-    elapsed = np.zeros(steps.size)
-    np.maximum.at(elapsed, place, columns["elapsed_s"])
-    loss = np.bincount(place, weight * columns["loss"]) / np.bincount(place, weight)
-    return {"step": steps, "elapsed_s": elapsed, "loss": loss}
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, Any]:

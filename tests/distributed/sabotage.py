@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+from tunemap.startup import quick_imports
+
 
 def sabotage(rank: int, step: int, how: str) -> None:
     """Let this process fail as `how` says when it is `rank` and reaches `step`; rank -1 means every rank."""
     if rank not in (-1, int(os.environ.get("RANK", 0))):
         return
-    from tunemap.training import loop
+    with quick_imports():
+        from tunemap.training import loop
 
     original, steps = loop.loss_sum, itertools.count()
 

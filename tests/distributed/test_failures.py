@@ -64,6 +64,16 @@ def launched(material, tmp_path, fail_in):
     return run
 
 
+@pytest.fixture(scope="module")
+def undisturbed(material, tmp_path_factory):
+    """The files of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    paths = paths_in(folder, material)
+    assert launch.launch(ranks.make_run("lora", "fsdp", 2, checkpoint_steps=2), paths, device="cpu") == 0
+    assert processes_of(folder) == []
+    return paths
+
+
 def paths_in(folder, material):
     own = {name: folder / name for name in ("work", "weights")}
     files = {"steps": folder / "steps.csv", "outcome": folder / "outcome.json"}
@@ -110,7 +120,9 @@ def test_killed_rank_is_named(launched):
     )
 
 
-def test_a_repeated_run_goes_on_from_the_checkpoint_of_the_killed_one(launched, material, tmp_path, monkeypatch, capfd):
+def test_a_repeated_run_goes_on_from_the_checkpoint_of_the_killed_one(
+    launched, undisturbed, material, tmp_path, monkeypatch, capfd
+):
     """What `tunemap retry` does, and then the same as a run that nobody killed."""
     outcome, _ = launched("killed", "fsdp", checkpoint_steps=2)
     assert (outcome["outcome"], outcome["step"]) == ("error", FAILING_STEP)
@@ -120,8 +132,6 @@ def test_a_repeated_run_goes_on_from_the_checkpoint_of_the_killed_one(launched, 
     finished.forget(paths.work)
     assert launch.launch(run, paths, device="cpu") == 0
     assert "resuming after step 2" in capfd.readouterr().out
-    undisturbed = paths_in(tmp_path / "undisturbed", material)
-    assert launch.launch(run, undisturbed, device="cpu") == 0
     repeated, whole = (json.loads(one.outcome.read_text()) for one in (paths, undisturbed))
     assert repeated["outcome"] == whole["outcome"] == "ok"
     assert repeated["weights_sha256"] == whole["weights_sha256"]
@@ -235,12 +245,10 @@ def test_ranks_that_torchrun_ended_are_no_cause(tmp_path):
     assert (failure.rank, failure.reason) == (1, "rank 1: the training process was ended by SIGSEGV")
 
 
-def test_run_that_ends_well_through_torchrun_has_an_outcome_and_leaves_nothing(material, tmp_path):
-    paths = paths_in(tmp_path, material)
-    assert launch.launch(ranks.make_run("lora", "fsdp", 2), paths, device="cpu") == 0
-    outcome = json.loads(paths.outcome.read_text())
+def test_run_that_ends_well_through_torchrun_has_an_outcome_and_leaves_nothing(undisturbed):
+    outcome = json.loads(undisturbed.outcome.read_text())
     assert (outcome["outcome"], outcome["measurements"]["steps"]) == ("ok", 6)
     assert outcome["measurements"]["communication_bytes_per_step"] > 0
     assert [rank["rank"] for rank in outcome["memory_by_rank"]] == [0, 1]
     assert len(outcome["communication_by_rank"]) == 2
-    assert processes_of(tmp_path) == []
+    assert [path.name for path in undisturbed.work.iterdir()] == [finished.FINISHED]

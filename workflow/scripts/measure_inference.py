@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from tunemap.inference import measure_to_file
 from tunemap.run import Run
 from tunemap.script import run_script
+from tunemap.startup import quick_imports
 
 
 def main() -> None:
@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="folder of what was learned")
     parser.add_argument("--output", type=Path, required=True, help="json file to write: a record per form")
     values = vars(parser.parse_args())
+    with quick_imports():
+        from tunemap.inference import measure_to_file
     measure_to_file(Run.from_json(values.pop("spec")), **values)
 
 

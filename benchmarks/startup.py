@@ -1,0 +1,156 @@
+"""What a run takes besides its steps: start of the processes, imports, model and data, end; ours beside others'.
+
+    python benchmarks/startup.py                              # prints two tables; a quarter of an hour
+    python benchmarks/startup.py --peers trainer --rounds 3
+    python benchmarks/startup.py --output benchmarks/results/startup-cpu.json
+
+runs      Each contestant of peers.py trains the smallest workload there twice: few steps, and many. A straight line
+          through both is what no step would take. Of TuneMap the whole command of the rule `train` is measured, with
+          launcher, gates, records, checksums and outcome; the others keep nothing, not even the model.
+imports   torch, transformers and peft, imported plainly, with the garbage collector paused, and in the way of
+          `tunemap.startup.quick_imports`, which leaves torch's compiler out as well.
+
+All take turns, in another order each round; ratios are taken within a round. Environments of peers:
+python benchmarks/peers.py --install.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contestants.workload import Workload
+from peers import CONTESTANTS, HERE, OWN, RECOMMENDED, SIZES, _ratio, command_of, environment_of, prepare
+
+from tunemap.measure.environment import environment
+
+REPOSITORY = HERE.parent
+FEW, MANY = 4, 34  # steps
+IMPORT = "import torch, transformers, peft"
+IMPORTS = {
+    "plain": IMPORT,
+    "without garbage collection": f"import gc; gc.disable(); {IMPORT}",
+    "and without the compiler": f"from tunemap.startup import quick_imports\nwith quick_imports(): {IMPORT}",
+}
+Cost = dict[str, float]  # wall_s, cpu_s
+
+
+def spent(command: list[Any], **options: Any) -> Cost:
+    """Seconds of a command and of all its processes, by the clock and of the processor."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, **options)
+    wall_s, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"wall_s": wall_s, "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+
+
+def our_command(folder: Path, scratch: Path) -> list[Any]:
+    """What the rule `train` runs."""
+    command = [sys.executable, REPOSITORY / "workflow" / "scripts" / "train_run.py", "--device", "cpu"]
+    command += ["--spec", (folder / "run.json").read_text()]
+    for name in ("model", "dataset", "tokens"):
+        command += [f"--{name}", folder / name]
+    for name in ("work", "weights", "steps.csv", "outcome.json"):
+        command += [f"--{name.partition('.')[0]}", scratch / name]
+    return command
+
+
+def run_once(name: str, folder: Path, environments: Path) -> Cost:
+    """Train as a contestant does, to its end."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        known = environment_of(name, Workload.load(folder), environments)
+        if name != OWN:
+            return spent(command_of(name, folder, place / "result.json", environments), env=known, cwd=place)
+        cost = spent(our_command(folder, place), env=known, cwd=place)
+        outcome = json.loads((place / "outcome.json").read_text())
+        assert outcome["outcome"] == "ok", outcome["reason"]
+        return cost
+
+
+def besides_steps(name: str, few: Path, many: Path, environments: Path) -> Cost:
+    """Seconds of a run that has no step."""
+    short, long = (run_once(name, folder, environments) for folder in (few, many))
+    return {clock: short[clock] - FEW * (long[clock] - short[clock]) / (MANY - FEW) for clock in short}
+
+
+def in_turns(names: list[str], measure: Callable[[str], Cost], rounds: int) -> dict[str, list[Cost]]:
+    """Each once in a round, in another order each time."""
+    found: dict[str, list[Cost]] = {name: [] for name in names}
+    for turn in range(rounds):
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        for name in order if turn % 2 == 0 else reversed(order):
+            found[name].append(measure(name))
+            shown = found[name][-1]
+            print(
+                f"  round {turn + 1}/{rounds}  {name:28s} {shown['wall_s']:6.2f} s, processor {shown['cpu_s']:6.2f} s",
+                flush=True,
+            )
+    return found
+
+
+def summary(found: dict[str, list[Cost]], reference: str) -> list[dict[str, Any]]:
+    """Medians, and what each takes of the reference's processor time."""
+    cpu_s = {name: [cost["cpu_s"] for cost in costs] for name, costs in found.items()}
+    return [
+        {
+            "name": name,
+            "wall_s": statistics.median(cost["wall_s"] for cost in costs),
+            "cpu_s": statistics.median(cpu_s[name]),
+            "cpu_time_ratio": _ratio(cpu_s[name], cpu_s[reference]),
+            "rounds": len(costs),
+        }
+        for name, costs in found.items()
+    ]
+
+
+def runs(method: str, peers: list[str], environments: Path, rounds: int) -> list[dict[str, Any]]:
+    """Rows of the contestants for one method."""
+    size = SIZES["cpu"]["small"]
+    with tempfile.TemporaryDirectory() as scratch:
+        few, many = (Path(scratch) / str(steps) for steps in (FEW, MANY))
+        for folder, steps in ((few, FEW), (many, MANY)):
+            prepare(folder, Workload("small", method, steps, size.rows, size.length, 1e-4, 16, 32, 1, "cpu", "float32"))
+        found = in_turns([OWN, *peers], lambda name: besides_steps(name, few, many, environments), rounds)
+    return [{"method": method, **row} for row in summary(found, OWN)]
+
+
+def imports(rounds: int) -> list[dict[str, Any]]:
+    """Rows of the ways to import."""
+    found = in_turns(list(IMPORTS), lambda way: spent([sys.executable, "-c", IMPORTS[way]]), rounds)
+    return summary(found, "plain")
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    others = [name for name in CONTESTANTS if name not in (OWN, RECOMMENDED)]
+    parser.add_argument("--peers", nargs="*", choices=others, default=others)
+    parser.add_argument("--environments", type=Path, default=HERE / "environments", help="where the peers' are")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="json file to keep the results in")
+    arguments = parser.parse_args()
+    print("imports", flush=True)
+    found: dict[str, Any] = {"imports": imports(arguments.rounds), "runs": []}
+    for method in ("full", "lora"):
+        print(method, flush=True)
+        found["runs"] += runs(method, arguments.peers, arguments.environments.resolve(), arguments.rounds)
+    for row in [*found["imports"], *found["runs"]]:
+        ratio, seconds = row["cpu_time_ratio"], f"{row['wall_s']:6.2f} s, processor {row['cpu_s']:6.2f} s"
+        interval = f"{ratio['estimate']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        print(f"{row.get('method', 'imports'):8s} {row['name']:28s} {seconds}  {interval}")
+    if arguments.output:
+        kept = found | {"environment": environment(REPOSITORY).as_dict()}
+        arguments.output.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

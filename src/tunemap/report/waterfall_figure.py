@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from tunemap.report.formats import signed
 from tunemap.report.point_figures import PARTS
@@ -21,7 +22,9 @@ STEP_PARTS = {
     "optimizer_time_mean_s": "optimizer",
 }
 MEMORY_PARTS = {name: word for name, (word, _) in PARTS.items()}
-MORE, LESS = "#b35806", "#35739c"  # than the point before; distinguishable for dichromats, and the sign is printed
+CHANGE = "#6b7280"  # no method has a grey; full where it adds to the point before, hollow where it takes away
+MORE: dict[str, Any] = {"facecolor": CHANGE, "linewidth": 0}
+LESS: dict[str, Any] = {"facecolor": "none", "edgecolor": CHANGE, "linewidth": 1}
 
 
 def draw_waterfall(scene: Scene) -> tuple[Figure, str, str] | None:
@@ -43,7 +46,7 @@ def draw_waterfall(scene: Scene) -> tuple[Figure, str, str] | None:
         words.append(f"{title} in {of}: {_draw(axes, scene, chain, parts, factor)}")
         axes.set_title(title)
         axes.set_ylabel(of)
-    handles = [Line2D([], [], marker="s", linestyle="", color=colour, markersize=8) for colour in (MORE, LESS)]
+    handles = [Patch(**style) for style in (MORE, LESS)]
     figure.legend(handles, ["more than the point before", "less"], loc="outside lower center", ncols=2)
     caption = (
         f"From {chain[0]['point']} part by part to {', '.join(point['point'] for point in chain[1:])}: means over "
@@ -85,8 +88,8 @@ def _draw(axes: Axes, scene: Scene, chain: list[Row], parts: dict[str, str], fac
             level = total(chain[index - 1])
             for name, word in parts.items():
                 change = (point[name] - chain[index - 1][name]) * factor
-                colour = MORE if change > 0 else LESS
-                axes.bar(at, abs(change), bottom=min(level, level + change), width=0.72, color=colour, linewidth=0)
+                style = MORE if change > 0 else LESS
+                axes.bar(at, abs(change), bottom=min(level, level + change), width=0.72, **style)
                 axes.plot([at - 0.86, at + 0.36], [level, level], "-", color=AXIS, linewidth=0.7)
                 if abs(change) >= 0.02 * highest:
                     _number(axes, at, max(level, level + change), signed(change, _digits(highest)), highest)

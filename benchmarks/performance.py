@@ -107,20 +107,20 @@ def _waterfall(found: dict[str, Any]) -> str:
 
 def peers(results: Path) -> str:
     """The loop beside those of others."""
-    found = {device: read_results(results, f"peers-{device}") for device in DEVICES}
-    tables = [_peers(one) for one in found.values() if one is not None]
+    tables = [_peers(json.loads(path.read_text())) for path in sorted(results.glob("peers-*.json"))]
     introduction = (
         "## Beside other tools\n\n"
         "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
         "over 1 says that TuneMap is faster (`benchmarks/peers.py`). What our launcher sets for its workers counts as "
-        "ours: memory that is freed stays with the process. Recommended settings: the section "
-        "on settings.\n\n"
+        "ours: memory that is freed stays with the process. Recommended settings: the section on settings. Tokens per "
+        "second are measured from outside; beside them stands what each says of itself. optimum-benchmark 0.6.0 "
+        "divides the samples of all its steps by the mean time of one, so what it says is as many times too high.\n\n"
     )
     return introduction + "\n".join(tables) if tables else ""
 
 
 def _peers(found: dict[str, Any]) -> str:
-    head = ["contestant", "rounds", "tokens/s", "MFU", "peak GB", "ours / its", "in processor time"]
+    head = ["contestant", "rounds", "tokens/s", "its own", "MFU", "peak GB", "ours / its", "in processor time"]
     note = f"\n{found['note']}\n" if found["note"] else ""
     return _table(head, map(_peer, found["rows"]), found) + note
 
@@ -128,10 +128,11 @@ def _peers(found: dict[str, Any]) -> str:
 def _peer(row: dict[str, Any]) -> list[str]:
     name = f"{row['size']}, {row['method']}: {row['contestant']}"
     if "error" in row:
-        return [name, f"did not run: {row['error']}", "", "", "", "", ""]
+        return [name, f"did not run: {row['error']}", "", "", "", "", "", ""]
     peak = "" if row["peak_allocated_bytes"] is None else f"{row['peak_allocated_bytes'] / 1e9:.1f}"
     ratios = _interval(row["ratio"]), _interval(row["cpu_time_ratio"])
-    return [name, str(row["rounds"]), f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.0%}", peak, *ratios]
+    rates = (f"{row[key]:.0f}" for key in ("tokens_per_second", "own_tokens_per_second"))
+    return [name, str(row["rounds"]), *rates, f"{row['mfu']:.0%}", peak, *ratios]
 
 
 def startup(results: Path) -> str:

@@ -291,8 +291,8 @@ def _summary(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], same_labe
     return {
         "tokens_per_second": float(np.median([run["tokens_per_second"] for run in theirs])),
         "own_tokens_per_second": float(np.median([run["own_tokens_per_second"] for run in theirs])),
-        "ratio": _ratio(_values(ours, "tokens_per_second"), _values(theirs, "tokens_per_second")),
-        "cpu_time_ratio": _ratio(_values(theirs, "cpu_s_per_step"), _values(ours, "cpu_s_per_step")),
+        "ratio": ratio_of_rounds(_values(ours, "tokens_per_second"), _values(theirs, "tokens_per_second")),
+        "cpu_time_ratio": ratio_of_rounds(_values(theirs, "cpu_s_per_step"), _values(ours, "cpu_s_per_step")),
         "mean_loss_relative_difference": apart,
         "peak_allocated_bytes": theirs[0]["peak_allocated_bytes"],
         "rounds": len(theirs),
@@ -303,7 +303,7 @@ def _values(runs: list[dict[str, Any]], name: str) -> list[float]:
     return [run[name] for run in runs]
 
 
-def _ratio(above: list[float], below: list[float]) -> dict[str, float]:
+def ratio_of_rounds(above: list[float], below: list[float]) -> dict[str, float]:
     """Geometric mean over the rounds, with its interval."""
     interval = mean(np.log(above) - np.log(below))
     return {name: math.exp(value) for name, value in asdict(interval).items()}

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants.workload import Workload
-from peers import CONTESTANTS, HERE, OWN, RECOMMENDED, SIZES, _ratio, command_of, environment_of, prepare
+from peers import CONTESTANTS, HERE, OWN, RECOMMENDED, SIZES, command_of, environment_of, prepare, ratio_of_rounds
 
 from tunemap.measure.environment import environment
 
@@ -105,7 +105,7 @@ def summary(found: dict[str, list[Cost]], reference: str) -> list[dict[str, Any]
             "name": name,
             "wall_s": statistics.median(cost["wall_s"] for cost in costs),
             "cpu_s": statistics.median(cpu_s[name]),
-            "cpu_time_ratio": _ratio(cpu_s[name], cpu_s[reference]),
+            "cpu_time_ratio": ratio_of_rounds(cpu_s[name], cpu_s[reference]),
             "rounds": len(costs),
         }
         for name, costs in found.items()

@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -268,16 +269,21 @@ def race(name: str, folder: Path, environments: Path, *, everywhere: bool) -> di
     return known | {"tokens_per_second": work.tokens_per_step / wall_s, "cpu_s_per_step": cpu_s}
 
 
+def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Number of the round and name, each name once a round, in another order each time."""
+    for turn in range(rounds):
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        yield from ((turn + 1, name) for name in (order if turn % 2 == 0 else reversed(order)))
+
+
 def compare(folder: Path, names: list[str], environments: Path, rounds: int, *, everywhere: bool) -> dict[str, Any]:
     """All contestants on one workload, `rounds` times in turn."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for turn in range(rounds):
-        order = names[turn % len(names) :] + names[: turn % len(names)]
-        for name in order if turn % 2 == 0 else reversed(order):
-            results[name].append(race(name, folder, environments, everywhere=everywhere))
-            shown = results[name][-1]
-            rate = f"{shown['tokens_per_second']:9.0f} tokens/s" if "error" not in shown else shown["error"]
-            print(f"    round {turn + 1}/{rounds}  {name:18s} {rate}", flush=True)
+    for turn, name in turns(names, rounds):
+        results[name].append(race(name, folder, environments, everywhere=everywhere))
+        shown = results[name][-1]
+        rate = f"{shown['tokens_per_second']:9.0f} tokens/s" if "error" not in shown else shown["error"]
+        print(f"    round {turn}/{rounds}  {name:18s} {rate}", flush=True)
     return {name: _summary(results[name], results[OWN], CONTESTANTS[name].same_labels) for name in names}
 
 

@@ -29,7 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from contestants.workload import Workload
-from peers import CONTESTANTS, HERE, OWN, RECOMMENDED, SIZES, command_of, environment_of, prepare, ratio_of_rounds
+from peers import (
+    CONTESTANTS,
+    HERE,
+    OWN,
+    RECOMMENDED,
+    SIZES,
+    command_of,
+    environment_of,
+    prepare,
+    ratio_of_rounds,
+    turns,
+)
 
 from tunemap.measure.environment import environment
 
@@ -47,7 +58,9 @@ Cost = dict[str, float]  # wall_s, cpu_s
 def spent(command: list[Any], **options: Any) -> Cost:
     """Seconds of a command and of all its processes, by the clock and of the processor."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, **options)
+    ended = subprocess.run(command, capture_output=True, text=True, **options)
+    if ended.returncode:
+        sys.exit(f"{ended.stderr}\n{command[0]} {command[1]} failed; peers: python benchmarks/peers.py --install")
     wall_s, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"wall_s": wall_s, "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
@@ -82,18 +95,13 @@ def besides_steps(name: str, few: Path, many: Path, environments: Path) -> Cost:
     return {clock: short[clock] - FEW * (long[clock] - short[clock]) / (MANY - FEW) for clock in short}
 
 
-def in_turns(names: list[str], measure: Callable[[str], Cost], rounds: int) -> dict[str, list[Cost]]:
-    """Each once in a round, in another order each time."""
+def costs_in_turns(names: list[str], measure: Callable[[str], Cost], rounds: int) -> dict[str, list[Cost]]:
+    """What `measure` says of each name in each round."""
     found: dict[str, list[Cost]] = {name: [] for name in names}
-    for turn in range(rounds):
-        order = names[turn % len(names) :] + names[: turn % len(names)]
-        for name in order if turn % 2 == 0 else reversed(order):
-            found[name].append(measure(name))
-            shown = found[name][-1]
-            print(
-                f"  round {turn + 1}/{rounds}  {name:28s} {shown['wall_s']:6.2f} s, processor {shown['cpu_s']:6.2f} s",
-                flush=True,
-            )
+    for turn, name in turns(names, rounds):
+        found[name].append(measure(name))
+        seconds = f"{found[name][-1]['wall_s']:6.2f} s, processor {found[name][-1]['cpu_s']:6.2f} s"
+        print(f"  round {turn}/{rounds}  {name:28s} {seconds}", flush=True)
     return found
 
 
@@ -119,13 +127,13 @@ def runs(method: str, peers: list[str], environments: Path, rounds: int) -> list
         few, many = (Path(scratch) / str(steps) for steps in (FEW, MANY))
         for folder, steps in ((few, FEW), (many, MANY)):
             prepare(folder, Workload("small", method, steps, size.rows, size.length, 1e-4, 16, 32, 1, "cpu", "float32"))
-        found = in_turns([OWN, *peers], lambda name: besides_steps(name, few, many, environments), rounds)
+        found = costs_in_turns([OWN, *peers], lambda name: besides_steps(name, few, many, environments), rounds)
     return [{"method": method, **row} for row in summary(found, OWN)]
 
 
 def imports(rounds: int) -> list[dict[str, Any]]:
     """Rows of the ways to import."""
-    found = in_turns(list(IMPORTS), lambda way: spent([sys.executable, "-c", IMPORTS[way]]), rounds)
+    found = costs_in_turns(list(IMPORTS), lambda way: spent([sys.executable, "-c", IMPORTS[way]]), rounds)
     return summary(found, "plain")
 
 

@@ -35,7 +35,7 @@ from tunemap.errors import UserError
 from tunemap.files import read_json, read_sealed, sha256_of, write_atomic
 from tunemap.gates.comparison import memory_prediction_gate
 from tunemap.gates.measurement import mfu_bounds_gate
-from tunemap.loss_curves import Curve, joined, read_curve
+from tunemap.loss_curves import Curve, loss_table, read_curve
 from tunemap.measure.datasheet import datasheet_columns, hardware_of
 from tunemap.planner.calibration import (
     CALIBRATION,
@@ -178,7 +178,7 @@ def collect(plan_path: Path, results_dir: Path) -> Tables:
         points=_frame(points, POINT_COLUMNS),
         comparisons=_frame(comparisons, COMPARISON_COLUMNS),
         gates=_frame([*_run_gates(results), *comparison_gates], GATE_COLUMNS),
-        losses=joined(curves),
+        losses=loss_table(curves),
         ranks=_frame(list(rank_rows(results)), RANK_COLUMNS),
         scaling=_frame([asdict(row) for row in scaling_rows(rows)], SCALING_COLUMNS),
         environment=_frame(_environment_rows(results), ("name", "value", "runs")),

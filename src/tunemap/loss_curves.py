@@ -55,7 +55,7 @@ def _read_columns(path: Path, names: Sequence[str]) -> Curve:
     return dict(zip(names, np.array(rows, dtype=float).reshape(-1, len(names)).T, strict=True))
 
 
-def joined(curves: dict[str, Curve]) -> pd.DataFrame:
+def loss_table(curves: dict[str, Curve]) -> pd.DataFrame:
     """One table of the curves of all runs."""
     if not curves:
         return pd.DataFrame(columns=["run", *LOSS_COLUMNS])

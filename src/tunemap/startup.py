@@ -13,22 +13,23 @@ _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch reads it at each use of torch.comp
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Wrap around the first import of torch, transformers and peft; they take three quarters of the time.
+    """Wrap around the first import of torch, transformers and peft; it takes two thirds of the time.
 
-    No garbage is collected meanwhile, and nothing is compiled that a library wants compiled for itself.
+    No garbage is collected meanwhile, and nothing is compiled that a library wants compiled for itself
+    (benchmarks/startup.py measures both).
     """
     with ExitStack() as stack:
         stack.enter_context(_no_compilation())
         if "torch" not in sys.modules and gc.isenabled():  # where it is, the heap holds other things to collect
-            stack.enter_context(_quick_imports())
+            stack.enter_context(_collection_paused())
         yield
 
 
 @contextmanager
-def _quick_imports() -> Iterator[None]:
+def _collection_paused() -> Iterator[None]:
     """No garbage collection while torch and its company are imported, and none of what they made afterwards.
 
-    The collector would look through the growing heap again and again: a fifth of the time of these imports. What
+    The collector would look through the growing heap again and again: a seventh of the time of these imports. What
     they leave, half a million objects, lives to the end of the process. Without the freeze a full collection would
     walk over it, for a quarter of a second, in the middle of a timed step.
     """

@@ -62,11 +62,9 @@ def test_what_auto_is_where_no_gpu_is_seen_depends_on_where_jobs_go(repository, 
     environment = checkout.environment()
     there = subprocess.run(SLURM_DRY_RUN, cwd=checkout.root, env=environment, capture_output=True, text=True)
     asked_here, asked_there = (requests_of(done.stdout + done.stderr) for done in (here, there))
-    for job in (
-        (rule, FULL) for rule in ("train", "capture", "measure_inference")
-    ):  # a timed run on this CPU has it to itself
-        assert (asked_here[job]["threads"], asked_here[job]["gpu"]) == ("3", "0")
-        assert asked_there[job]["gpu"] == "1"
+    for rule in ("train", "capture", "measure_inference"):  # what is timed on this CPU has it to itself
+        assert (asked_here[rule, FULL]["threads"], asked_here[rule, FULL]["gpu"]) == ("3", "0")
+        assert asked_there[rule, FULL]["gpu"] == "1"
     assert "threads" not in asked_here["evaluate", FULL]
 
 

@@ -7,7 +7,7 @@ with one seed and 20 % with the next), so training stops at two accuracies, not 
 The optimizer is AdamW at a high rate that hardly falls while it is used. Muon passes the gates in two thirds of the
 steps, but LoRA on its base reached 20 % with one of two seeds; where AdamW's rate falls fast, no method reached 20 %.
 
-The same seed gives the same bytes on the same kind of CPU, because one thread and a private random state do it all.
+The same seed gives the same bytes on the same kind of CPU: one thread computes it all, from a private random state.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ def startup(results: Path) -> str:
         )
         + "\nMost of it are imports. torch, transformers and peft, imported by a process that does nothing else:\n\n"
         + _table(["imports", *head], (_start(row["name"], row) for row in found["imports"]), found)
+        + (f"\n{found['note']}\n" if found["note"] else "")
     )
 
 

@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=HERE / "environments", help="where the peers' are")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="json file to keep the results in")
+    parser.add_argument("--note", help="what a reader of the results must know of their making; kept with them")
     arguments = parser.parse_args()
     print("imports", flush=True)
     found: dict[str, Any] = {"imports": imports(arguments.rounds), "runs": []}
@@ -156,7 +157,7 @@ def main() -> None:
         interval = f"{ratio['estimate']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
         print(f"{row.get('method', 'imports'):8s} {row['name']:28s} {seconds}  {interval}")
     if arguments.output:
-        kept = found | {"environment": environment(REPOSITORY).as_dict()}
+        kept = found | {"note": arguments.note, "environment": environment(REPOSITORY).as_dict()}
         arguments.output.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -8,12 +8,14 @@
 Everybody trains the same model on the same rows in the same order, with the same optimizer settings, dtype and
 number of threads; every row is as long as every other, so no padding and no way to count tokens can blur the
 comparison. Each is started as its users start it: our launcher sets two variables of the allocator, which
-`--our-allocator` gives to everybody, to show what of the difference they are. A stopwatch of ours notes when each
-step ended; what a contestant calls its own throughput stands beside.
-Contestants take turns, in another order each round; the ratio is taken within a round, its interval is a t interval
-of its logarithm over the rounds. MFU is the mathematics' FLOPs (those of frozen weights' gradients left out) beside
-what a matrix product reaches on this device, measured at the start. Losses are compared where the data are the same:
-equal work, or no comparison.
+`--our-allocator` gives to everybody, to show what of the difference they are.
+On a CPU all train at the same time, in turns of a few steps: one runs while the others rest, so that a machine that is
+slower for a minute is slower for all. On a GPU, whose memory they could not share, one trains after the other. A
+stopwatch of ours takes the time. A round starts everybody anew; the ratio is taken within a round, its interval is a
+t interval of its logarithm over the rounds. What a contestant calls its own throughput is compared with the stopwatch
+of the same run, in a round without rests.
+MFU is the mathematics' FLOPs (those of frozen weights' gradients left out) beside what a matrix product reaches on
+this device, measured at the start. Losses are compared where the data are the same: equal work, or no comparison.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,7 @@ SIZES = {
 # What we would change of the equal settings for speed alone. Rows here are all full and all labels, which leaves a CPU
 # nothing to gain; benchmarks/waterfall.py has rows as they are.
 RECOMMENDATIONS: dict[str, dict[str, Any]] = {"cuda": {"logits": "label_tokens", "compile": True}}
+TURNS = {"cpu": 15, "cuda": 1}
 PRECISIONS = {"float32": "fp32", "bfloat16": "pure_bf16"}  # of a dtype, in the words of a study
 
 
@@ -247,56 +251,94 @@ def environment_of(name: str, work: Workload, environments: Path, *, everywhere:
     return os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / "peft-repository")}
 
 
-def race(name: str, folder: Path, environments: Path, *, everywhere: bool) -> dict[str, Any]:
-    """Run one contestant once: tokens per second by our stopwatch, by its own account, and its losses."""
+def race(names: list[str], folder: Path, environments: Path, *, everywhere: bool) -> dict[str, dict[str, Any]]:
+    """Run each contestant once, all in turns: tokens per second by our stopwatch and by their account, and losses."""
     work = Workload.load(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "result.json"
-        ended = subprocess.run(
-            command_of(name, folder, result, environments),
-            env=environment_of(name, work, environments, everywhere=everywhere),
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-        )
-        if not result.exists():
-            print(ended.stderr, file=sys.stderr)
-            message = ended.stderr.strip().splitlines()[-1:] or ["no message"]
-            return {"error": message[0]}
-        known: dict[str, Any] = json.loads(result.read_text())
-    ends = np.array(known.pop("step_ends_wall_and_cpu_s")[work.warm_up_steps :])
-    wall_s, cpu_s = (ends[-1] - ends[0]) / (len(ends) - 1)
+        started: dict[str, subprocess.Popen[bytes]] = {}
+        waiting = list(names)
+        try:
+            while waiting:
+                for name in waiting:
+                    if name in started:
+                        started[name].send_signal(signal.SIGCONT)
+                    else:
+                        place = Path(scratch) / name
+                        place.mkdir()
+                        known = environment_of(name, work, environments, everywhere=everywhere)
+                        started[name] = _start(
+                            command_of(name, folder, place / "result.json", environments), known, place
+                        )
+                    _until_it_rests(started[name])
+                waiting = [name for name in reversed(waiting) if started[name].returncode is None]
+        finally:
+            for process in started.values():
+                process.kill()
+        return {name: _read(Path(scratch) / name, work) for name in names}
+
+
+def _start(command: list[str | Path], environment: dict[str, str], place: Path) -> subprocess.Popen[bytes]:
+    with (place / "output").open("w") as output:
+        return subprocess.Popen(command, env=environment, cwd=place, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _until_it_rests(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a contestant's turn is over, or its work."""
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    if not os.WIFSTOPPED(status):
+        process.returncode = os.waitstatus_to_exitcode(status)
+
+
+def _read(place: Path, work: Workload) -> dict[str, Any]:
+    """What a contestant left."""
+    result = place / "result.json"
+    if not result.exists():
+        said = (place / "output").read_text()
+        print(said, file=sys.stderr)
+        return {"error": (said.strip().splitlines() or ["no message"])[-1]}
+    known: dict[str, Any] = json.loads(result.read_text())
+    wall_s, cpu_s = np.mean(known.pop("turns_wall_and_cpu_s"), axis=0) / work.steps_per_turn
     return known | {"tokens_per_second": work.tokens_per_step / wall_s, "cpu_s_per_step": cpu_s}
 
 
-def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Number of the round and name, each name once a round, in another order each time."""
+def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """The names in another order each round."""
     for turn in range(rounds):
         order = names[turn % len(names) :] + names[: turn % len(names)]
-        yield from ((turn + 1, name) for name in (order if turn % 2 == 0 else reversed(order)))
+        yield order if turn % 2 == 0 else order[::-1]
 
 
 def compare(folder: Path, names: list[str], environments: Path, rounds: int, *, everywhere: bool) -> dict[str, Any]:
-    """All contestants on one workload, `rounds` times in turn."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for turn, name in turns(names, rounds):
-        results[name].append(race(name, folder, environments, everywhere=everywhere))
-        shown = results[name][-1]
-        rate = f"{shown['tokens_per_second']:9.0f} tokens/s" if "error" not in shown else shown["error"]
-        print(f"    round {turn}/{rounds}  {name:18s} {rate}", flush=True)
-    return {name: _summary(results[name], results[OWN], CONTESTANTS[name].same_labels) for name in names}
+    """All contestants on one workload, without rests, then `rounds` times in turns."""
+    work = Workload.load(folder)
+    replace(work, turns=1).save(folder)
+    alone = race(names, folder, environments, everywhere=everywhere)
+    for name, one in alone.items():
+        print(f"    without rests  {name:18s} {_rate(one)}", flush=True)
+    work.save(folder)
+    results = [alone] if work.turns == 1 else []
+    for order in orders(names, rounds - len(results)):
+        results.append(race(order, folder, environments, everywhere=everywhere))
+        for name in names:
+            print(f"    round {len(results)}/{rounds}  {name:18s} {_rate(results[-1][name])}", flush=True)
+    return {name: _summary(name, alone, results) for name in names}
 
 
-def _summary(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], same_labels: bool) -> dict[str, Any]:
-    if failed := [run["error"] for run in [*theirs, *ours] if "error" in run]:
+def _rate(result: dict[str, Any]) -> str:
+    return f"{result['tokens_per_second']:9.0f} tokens/s" if "error" not in result else str(result["error"])
+
+
+def _summary(name: str, alone: dict[str, dict[str, Any]], rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    theirs, ours = ([results[who] for results in rounds] for who in (name, OWN))
+    if failed := [run["error"] for run in [alone[name], *theirs, *ours] if "error" in run]:
         return {"error": failed[0]}
     apart = None
-    if same_labels:
+    if CONTESTANTS[name].same_labels:
         mine, other = np.mean(ours[0]["losses"]), np.mean(theirs[0]["losses"])
         apart = float(abs(mine - other) / abs(other))
     return {
-        "tokens_per_second": float(np.median([run["tokens_per_second"] for run in theirs])),
-        "own_tokens_per_second": float(np.median([run["own_tokens_per_second"] for run in theirs])),
+        "tokens_per_second": float(np.median(_values(theirs, "tokens_per_second"))),
+        "own_tokens_per_second_to_measured": alone[name]["own_tokens_per_second"] / alone[name]["tokens_per_second"],
         "ratio": ratio_of_rounds(_values(ours, "tokens_per_second"), _values(theirs, "tokens_per_second")),
         "cpu_time_ratio": ratio_of_rounds(_values(theirs, "cpu_s_per_step"), _values(ours, "cpu_s_per_step")),
         "mean_loss_relative_difference": apart,
@@ -325,7 +367,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", help=f"some of {', '.join(name for of in SIZES.values() for name in of)}")
     parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=40, help="a quarter of them is warm-up (default: %(default)s)")
+    parser.add_argument("--turns", type=int, help=f"of a round, dividing what is not warm-up (default: {TURNS})")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--our-allocator", action="store_true", help="let everybody keep freed memory, as our launcher's workers do"
@@ -337,6 +380,9 @@ def main() -> None:
     if arguments.install:
         return install(arguments.environments, names)
     sizes = SIZES[arguments.device]
+    turns = TURNS[arguments.device] if arguments.turns is None else arguments.turns
+    if (arguments.steps - arguments.steps // 4) % turns:
+        parser.error(f"--turns {turns}: does not divide the {arguments.steps - arguments.steps // 4} steps that count")
     if unknown := set(arguments.sizes or ()) - set(sizes):
         parser.error(f"--sizes {' '.join(sorted(unknown))}: on {arguments.device} there are {', '.join(sizes)}")
     torch.set_num_threads(arguments.threads)
@@ -347,7 +393,8 @@ def main() -> None:
         size = sizes[name]
         for method in arguments.methods:
             shape = (arguments.steps, size.rows, size.length)
-            work = Workload(name, method, *shape, 1e-4, 16, 32, arguments.threads, arguments.device, size.dtype)
+            machine = (arguments.threads, arguments.device, size.dtype)
+            work = Workload(name, method, *shape, 1e-4, 16, 32, *machine, turns)
             print(f"{name}, {method}", flush=True)
             table += measure(work, names, arguments, ceilings[size.dtype])
     show(table)
@@ -376,7 +423,7 @@ def measure(
 
 def show(table: list[dict[str, Any]]) -> None:
     """Print the table; a ratio over 1 says that TuneMap is faster."""
-    columns = f"{'size':12s} {'method':6s} {'contestant':20s} {'tokens/s':>9s} {'its own':>9s} {'MFU':>5s}"
+    columns = f"{'size':12s} {'method':6s} {'contestant':20s} {'tokens/s':>9s} {'its own':>7s} {'MFU':>5s}"
     print(f"\n{columns}  {'ours / its':21s}  {'in CPU time':21s}  loss apart")
     for row in table:
         start = f"{row['size']:12s} {row['method']:6s} {row['contestant']:20s}"
@@ -385,7 +432,8 @@ def show(table: list[dict[str, Any]]) -> None:
             continue
         apart = "" if (loss := row["mean_loss_relative_difference"]) is None else f"{loss:.1e}"
         wall, cpu = (_shown(row[name]) for name in ("ratio", "cpu_time_ratio"))
-        rates = f"{row['tokens_per_second']:9.0f} {row['own_tokens_per_second']:9.0f} {row['mfu']:5.0%}"
+        own = row["own_tokens_per_second_to_measured"]
+        rates = f"{row['tokens_per_second']:9.0f} {own:6.2f}x {row['mfu']:5.0%}"
         print(f"{start} {rates}  {wall}  {cpu}  {apart}")
 
 

@@ -37,9 +37,9 @@ from peers import (
     SIZES,
     command_of,
     environment_of,
+    orders,
     prepare,
     ratio_of_rounds,
-    turns,
 )
 
 from tunemap.measure.environment import environment
@@ -98,10 +98,11 @@ def besides_steps(name: str, few: Path, many: Path, environments: Path) -> Cost:
 def costs_in_turns(names: list[str], measure: Callable[[str], Cost], rounds: int) -> dict[str, list[Cost]]:
     """What `measure` says of each name in each round."""
     found: dict[str, list[Cost]] = {name: [] for name in names}
-    for turn, name in turns(names, rounds):
-        found[name].append(measure(name))
-        seconds = f"{found[name][-1]['wall_s']:6.2f} s, processor {found[name][-1]['cpu_s']:6.2f} s"
-        print(f"  round {turn}/{rounds}  {name:28s} {seconds}", flush=True)
+    for turn, order in enumerate(orders(names, rounds), start=1):
+        for name in order:
+            found[name].append(measure(name))
+            seconds = f"{found[name][-1]['wall_s']:6.2f} s, processor {found[name][-1]['cpu_s']:6.2f} s"
+            print(f"  round {turn}/{rounds}  {name:28s} {seconds}", flush=True)
     return found
 
 

@@ -12,6 +12,8 @@ Imports nothing but torch and the standard library, because each contestant runs
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ class Workload:
     threads: int
     device: str  # cpu or cuda
     dtype: str  # of the weights and of the arithmetic; adapters are float32
+    turns: int = 1  # into which the steps that count are divided
 
     @property
     def tokens_per_step(self) -> int:
@@ -45,6 +48,11 @@ class Workload:
     def warm_up_steps(self) -> int:
         """First steps that nobody's time counts."""
         return self.steps // 4
+
+    @property
+    def steps_per_turn(self) -> int:
+        """Steps between two rests."""
+        return (self.steps - self.warm_up_steps) // self.turns
 
     def save(self, folder: Path) -> None:
         """Write it down for the contestants."""
@@ -57,24 +65,44 @@ class Workload:
 
 
 class Stopwatch:
-    """Notes the time at which each optimizer step ended, in the same way for everybody.
+    """Takes the time of the steps that count, in the same way for everybody.
 
-    On a GPU it waits for the device at the first and at the last of the steps that count, and at no other, so that a
-    loop that runs ahead of its device is neither hindered nor believed.
+    With more than one turn it stops its own process (SIGSTOP) after the warm-up and after each turn, until the
+    benchmark sends it on (SIGCONT): contestants that train in turns have the machine to themselves in each, and what
+    slows the machine for a minute slows all of them.
+    On a GPU it waits for the device at the beginning and at the end of a turn, and at no other step, so that a loop
+    that runs ahead of its device is neither hindered nor believed.
     """
 
     def __init__(self, result: Path, work: Workload) -> None:
         self._result, self._work = result, work
-        self._ends: list[tuple[float, float]] = []
+        self._steps = 0
+        self._turns: list[tuple[float, float]] = []
+        self._turn_began = (0.0, 0.0)
 
     def step_ended(self) -> None:
-        """Note the time, and the CPU time of this process: the steadier of the two on a shared machine."""
-        if self._work.device == "cuda" and len(self._ends) in (self._work.warm_up_steps, self._work.steps - 1):
+        """Count the step; at the end of a turn note its time, and rest until the next one."""
+        self._steps += 1
+        counted = self._steps - self._work.warm_up_steps
+        if counted < 0 or counted % self._work.steps_per_turn:
+            return
+        if counted > 0:
+            self._turns.append(tuple(now - then for now, then in zip(self._now(), self._turn_began, strict=True)))
+        if self._work.turns > 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self._turn_began = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        """The clock, and the processor time of this process: the steadier of the two on a shared machine."""
+        if self._work.device == "cuda":
             torch.cuda.synchronize()
-        self._ends.append((time.perf_counter(), time.process_time()))
+        return time.perf_counter(), time.process_time()
 
     def save(self, *, losses: list[float], own_tokens_per_second: float | None) -> None:
-        """Leave times, losses, what the contestant itself calls its throughput, and a GPU's peak of allocated bytes."""
+        """Leave times, losses, what the contestant itself calls its throughput, and a GPU's peak of allocated bytes.
+
+        What it calls its throughput is right with one turn only: a clock of its own goes on while it rests.
+        """
         known: dict[str, Any] = {"losses": losses, "own_tokens_per_second": own_tokens_per_second}
         known["peak_allocated_bytes"] = torch.cuda.max_memory_allocated() if self._work.device == "cuda" else None
-        self._result.write_text(json.dumps({"step_ends_wall_and_cpu_s": self._ends, **known}))
+        self._result.write_text(json.dumps({"turns_wall_and_cpu_s": self._turns, **known}))

@@ -16,6 +16,7 @@ from tunemap.errors import UserError
 from tunemap.measure.memory import track_live_storage
 from tunemap.methods import gora
 from tunemap.methods.estimation import widest
+from tunemap.methods.lora_layers import fuse_low_rank_sums
 from tunemap.methods.peft_types import apply_peft, build_config
 from tunemap.methods.undisturbed import LossFunction
 from tunemap.run import RunMethod, TaskKind
@@ -78,17 +79,18 @@ def adapt(
     them get the same model.
     """
     if isinstance(method, GoraMethod):
+        assert adapter_dtype is not None
         adapted = _with_gora(model, method, task_kind=task_kind, seed=seed, start=start)
+        _set_dtypes(adapted.model, adapter_dtype, trained_dtype)
     elif isinstance(method, PeftMethod):
-        return _with_peft(model, method, task_kind=task_kind, seed=seed, start=start)
+        adapted = _with_peft(model, method, task_kind=task_kind, seed=seed, start=start)
     else:
         trained = apply_method(
             model, method, task_kind=task_kind, trained_dtype=trained_dtype, adapter_dtype=adapter_dtype, seed=seed
         )
         ratio = method.learning_rate_ratio if isinstance(method, LowRankMethod) else None
-        return Adapted(trained, learning_rate_ratio=ratio or 1.0)
-    assert adapter_dtype is not None
-    _set_dtypes(adapted.model, adapter_dtype, trained_dtype)
+        adapted = Adapted(trained, learning_rate_ratio=ratio or 1.0)
+    fuse_low_rank_sums(adapted.model)
     return adapted
 
 

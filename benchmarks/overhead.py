@@ -5,7 +5,7 @@
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
 
 The instrumented steps are those of `tunemap.training.loop.Loop` itself, signs of life included; the bare ones are the
-same work written down plainly: forward, cross-entropy over the label tokens, backward, clipping, AdamW. The loop asks
+same work written down plainly, with the same kernels: forward, cross-entropy, backward, clipping, AdamW. The loop asks
 for its next batch at the start of each step: there bare steps are run and timed, on the same model, in the order bare,
 instrumented, instrumented, bare, in which a steady drift of the machine cancels. In each such block losses and times
 are read and records written: five times as often as in a run.
@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from paired import ratio_of
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tunemap.config import Factors
@@ -42,9 +41,10 @@ from tunemap.data.batches import batch_schedule
 from tunemap.data.collate import IGNORED, Batch
 from tunemap.distributed.world import World
 from tunemap.measure.environment import environment
+from tunemap.training.cross_entropy import cross_entropy_sum
 from tunemap.training.heartbeat import Heartbeat
 from tunemap.training.loop import Loop, TrainingState
-from tunemap.training.optimizer import build_optimizer
+from tunemap.training.optimizer import build_optimizer, clip_gradients
 from tunemap.training.precision import PRECISIONS
 from tunemap.training.steps import append_records
 
@@ -113,14 +113,14 @@ class Loops:
     def bare(self) -> None:
         """A PyTorch training step and nothing else."""
         (self._loss() / self.batch.label_tokens).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        clip_gradients(self.parameters, self.optimizer, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _loss(self) -> torch.Tensor:
         # In a function, so that the logits are released as early as in the training loop: page faults are time.
         logits = self.model(input_ids=self.batch.inputs["input_ids"]).logits
-        return cross_entropy(logits.flatten(0, -2).float(), self.batch.labels.flatten(), reduction="sum")
+        return cross_entropy_sum(logits.flatten(0, -2), self.batch.labels.flatten(), IGNORED)
 
     def paired_times(self, limit_s: float) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of the blocks, and of the null blocks, as [block, bare | other, wall | CPU], warm-up left out."""

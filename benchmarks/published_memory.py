@@ -4,6 +4,7 @@
 
 What the publications did otherwise than TuneMap, and how it is planned here:
 
+- The loss was torch's `cross_entropy` of logits made float32, and LoRA's sum was PEFT's.
 - AdamW was torch's default, which keeps a temporary as large as the gradients (`foreach`).
 - DDP kept a bucket beside each gradient (`gradient_as_bucket_view=False`).
 - FSDP was one flat unit (`use_orig_params=True` and no wrap policy): one parameter of which all weights are views, so
@@ -11,6 +12,7 @@ What the publications did otherwise than TuneMap, and how it is planned here:
 
 Adapters, dtypes, batches and lengths are those of the published code; peaks are torch's
 (`max_memory_allocated`), so that cuBLAS' workspaces and the scratch of 4-bit kernels count, the CUDA context does not.
+Beside each stands the plan of the same run as TuneMap trains it, without any of this.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,18 +30,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from tunemap.config import DatasetConfig, Factors, RandomModel
 from tunemap.files import write_atomic
 from tunemap.hardware import load_hardware
+from tunemap.methods import apply
 from tunemap.models.loading import build_config
 from tunemap.planner import device, fake, memory
 from tunemap.planner.device import Target
 from tunemap.planner.prediction import Account, BatchShape
 from tunemap.report.published_numbers import FILE
 from tunemap.run import Run
-from tunemap.training import optimizer
+from tunemap.training import loop, optimizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "planner-published.csv"
 NEAR = 0.10
@@ -120,6 +124,10 @@ class FlatUnit(DistributedDataParallel):
         return torch.func.functional_call(self.module, weights, args, kwargs)
 
 
+def _plain_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
+    return cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="sum")
+
+
 def _default_adamw(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     assert name == "adamw"
     return torch.optim.AdamW, {"foreach": True}
@@ -175,8 +183,8 @@ def published_runs() -> Iterator[Published]:
             yield Published(number, DISTILBERT, method, 32, SST2_LONGEST, "fp32", factors)
 
 
-def plan(one: Published) -> Account:
-    """The account of a published run on a GPU."""
+def plan(one: Published, *, as_published: bool = True) -> Account:
+    """The account of a published run on a GPU, or of the same run as TuneMap trains it."""
     classifies = one.model is DISTILBERT
     task = DatasetConfig(task="sst2" if classifies else "gsm8k", source="hub", id="owner/data")
     run = Run.model_validate(
@@ -192,17 +200,31 @@ def plan(one: Published) -> Account:
             "factors": Factors(
                 **{"precision": one.precision, "max_grad_norm": None, "per_device_batch_size": one.rows, "max_steps": 9}
                 | one.factors
+                | ({"strategy": "fsdp"} if one.wrapping is FlatUnit and not as_published else {})
             ),
         }
     )
     config = build_config(one.model, Path("published"))
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(optimizer, "_kind", _default_adamw))
-        if one.wrapping is not None:
-            stack.enter_context(mock.patch.object(fake, "Buckets", one.wrapping))
-            stack.enter_context(mock.patch.object(FlatUnit, "ranks", run.factors.gpus))
+    with _published_ways(one, run.factors.gpus) if as_published else nullcontext():
         batch = BatchShape(one.rows, one.width, padded=True)
         return memory.account(run, config, batch, num_labels=2 if classifies else None, on_gpu=True)
+
+
+@contextmanager
+def _published_ways(one: Published, gpus: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(optimizer, "_kind", _default_adamw))
+        stack.enter_context(mock.patch.object(loop, "cross_entropy_sum", _plain_cross_entropy))
+        stack.enter_context(mock.patch.object(apply, "fuse_low_rank_sums", return_value=None))
+        if one.wrapping is not None:
+            stack.enter_context(mock.patch.object(fake, "Buckets", one.wrapping))
+            stack.enter_context(mock.patch.object(FlatUnit, "ranks", gpus))
+        yield
+
+
+def _parts_mib(account: Account) -> dict[str, float]:
+    parts = device.device_bytes(account, A100, devices=1)
+    return {name: parts[name] / MIB for name in COLUMNS}
 
 
 def compare_published() -> int:
@@ -211,24 +233,24 @@ def compare_published() -> int:
     with FILE.open(newline="", encoding="utf-8") as file:
         numbers = {row["id"]: row for row in csv.DictReader(file)}
     table = Table(title="Published peak memory, planned with its setting and its flaws", title_justify="left")
-    for column in ("number", "published as", "GPUs", "published, MiB", "planned, MiB", "error"):
+    for column in ("number", "published as", "GPUs", "published, MiB", "planned, MiB", "error", "by TuneMap, MiB"):
         table.add_column(column, justify="left" if column in ("number", "published as") else "right")
     rows = []
     for one in published_runs():
         number, account = numbers[one.number], plan(one)
-        parts = device.device_bytes(account, A100, devices=1)
-        allocated = {name: parts[name] / MIB for name in COLUMNS}
+        allocated, ours = _parts_mib(account), sum(_parts_mib(plan(one, as_published=False)).values())
         published, planned = float(number["value"]), sum(allocated.values())
         error = planned / published - 1
         rows.append(
             {
                 "number": one.number, "source": number["source"], "method": number["method"], "gpus": number["gpus"],
                 "rows": one.rows, "width": one.width, "published_mib": published, "planned_mib": round(planned, 1),
-                "error": round(error, 4), "trust": number["trust"], "phase": account.peak_phase,
+                "error": round(error, 4), "by_tunemap_mib": round(ours, 1), "trust": number["trust"],
+                "phase": account.peak_phase,
                 **{f"{COLUMNS[name]}_mib": round(size, 1) for name, size in allocated.items()},
             }
         )  # fmt: skip
-        cells = f"{published:,.1f}", f"{planned:,.1f}", f"{error:+.1%}"
+        cells = f"{published:,.1f}", f"{planned:,.1f}", f"{error:+.1%}", f"{ours:,.1f}"
         table.add_row(one.number, f"{number['seed']} {number['method']}", number["gpus"], *cells)
     Console(width=140).print(table)
     text = io.StringIO()

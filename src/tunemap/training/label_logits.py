@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from tunemap.data.collate import Batch
+from tunemap.training.cross_entropy import CHUNK_BYTES
 from tunemap.training.failure import UnsupportedRunError
-
-CHUNK_BYTES = 64 << 20  # of float32 logits
 
 
 class LabelLogits:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from tunemap.config import Factors
 from tunemap.data.batches import Schedule
@@ -24,8 +23,9 @@ from tunemap.distributed.world import World
 from tunemap.measure.clock import StepClock
 from tunemap.measure.memory import LiveStorage, track_live_storage
 from tunemap.methods.peft_types import after_optimizer_step, penalty
+from tunemap.training.cross_entropy import cross_entropy_sum
 from tunemap.training.frugal import BackwardOptimizer
-from tunemap.training.optimizer import LEARNING_RATE_RATIO
+from tunemap.training.optimizer import LEARNING_RATE_RATIO, clip_gradients
 from tunemap.training.precision import Precision
 from tunemap.training.schedule import learning_rate_multiplier
 from tunemap.training.steps import StepRecord
@@ -145,8 +145,7 @@ class Loop:
             if in_backward:
                 norm = in_backward.gradient_norm()
             else:
-                limit = self.factors.max_grad_norm
-                norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+                norm = clip_gradients(parameters, optimizer, self.factors.max_grad_norm)
             if scaler:
                 scaler.step(optimizer)
                 scaler.update()
@@ -229,7 +228,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     # gradient of all logits into new memory, the largest tensor of the step.
     if batch.labels.dim() == 2 and logits.shape[1] != batch.labels.shape[1]:
         logits = logits[:, -batch.labels.shape[1] :]
-    return cross_entropy(logits.flatten(0, -2).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return cross_entropy_sum(logits.flatten(0, -2), batch.labels.flatten(), IGNORED)
 
 
 def _memory(tracker: LiveStorage) -> dict[str, Any]:

@@ -111,16 +111,18 @@ def peers(results: Path) -> str:
     introduction = (
         "## Beside other tools\n\n"
         "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
-        "over 1 says that TuneMap is faster (`benchmarks/peers.py`). What our launcher sets for its workers counts as "
-        "ours: memory that is freed stays with the process. Recommended settings: the section on settings. Tokens per "
-        "second are measured from outside; beside them stands what each says of itself. optimum-benchmark 0.6.0 "
-        "divides the samples of all its steps by the mean time of one, so what it says is as many times too high.\n\n"
+        "over 1 says that TuneMap is faster (`benchmarks/peers.py`). On a CPU all train at the same time, in turns of "
+        "a few steps, so that a machine's drift falls on all alike; a round starts everybody anew. What our launcher "
+        "sets for its workers counts as ours: memory that is freed stays with the process. Recommended settings: the "
+        "section on settings. Tokens per second are measured from outside; beside them stands how many times as much "
+        "each says of itself in a round without rests. optimum-benchmark 0.6.0 divides the samples of all its steps by "
+        "the mean time of one, so what it says is as many times too high.\n\n"
     )
     return introduction + "\n".join(tables) if tables else ""
 
 
 def _peers(found: dict[str, Any]) -> str:
-    head = ["contestant", "rounds", "tokens/s", "its own", "MFU", "peak GB", "ours / its", "in processor time"]
+    head = ["contestant", "rounds", "tokens/s", "says of itself", "MFU", "peak GB", "ours / its", "in processor time"]
     note = f"\n{found['note']}\n" if found["note"] else ""
     return _table(head, map(_peer, found["rows"]), found) + note
 
@@ -131,7 +133,7 @@ def _peer(row: dict[str, Any]) -> list[str]:
         return [name, f"did not run: {row['error']}", "", "", "", "", "", ""]
     peak = "" if row["peak_allocated_bytes"] is None else f"{row['peak_allocated_bytes'] / 1e9:.1f}"
     ratios = _interval(row["ratio"]), _interval(row["cpu_time_ratio"])
-    rates = (f"{row[key]:.0f}" for key in ("tokens_per_second", "own_tokens_per_second"))
+    rates = f"{row['tokens_per_second']:.0f}", f"{row['own_tokens_per_second_to_measured']:.2f}×"
     return [name, str(row["rounds"]), *rates, f"{row['mfu']:.0%}", peak, *ratios]
 
 

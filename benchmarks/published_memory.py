@@ -4,6 +4,7 @@
 
 What the publications did otherwise than TuneMap, and how it is planned here:
 
+- The model was told of its padding, so that its attention used a mask and copies of the keys and values.
 - The loss was torch's `cross_entropy` of logits made float32, and LoRA's sum was PEFT's.
 - AdamW was torch's default, which keeps a temporary as large as the gradients (`foreach`).
 - DDP kept a bucket beside each gradient (`gradient_as_bucket_view=False`).
@@ -22,6 +23,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -214,6 +216,8 @@ def plan(one: Published, *, as_published: bool = True) -> Account:
 def _published_ways(one: Published, gpus: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(optimizer, "_kind", _default_adamw))
+        masked = partial(fake.fake_batch, mask_padding=True)
+        stack.enter_context(mock.patch.object(fake, "fake_batch", masked))
         stack.enter_context(mock.patch.object(loop, "cross_entropy_sum", _plain_cross_entropy))
         stack.enter_context(mock.patch.object(apply, "fuse_low_rank_sums", return_value=None))
         if one.wrapping is not None:

@@ -4,6 +4,9 @@ Axes: B rows, T columns. `labels[b, t]` is the target of position t, that is the
 part of an answer, else -100; so the last token of each document, its prompt and all padding carry -100, and no
 label reaches from one packed document into the next.
 
+Padding is on the right, where no token of a causal model looks, and the model is not told of it: with a mask, attention
+computes what lies above the diagonal too and repeats keys and values for every head that shares them. Nor is it told
+positions that it counts by itself; in looking for documents among them it would wait for the device in each step.
 Packed documents are kept apart by `position_ids` that restart at 0. That works only without `attention_mask` and
 with `use_cache=False` (with a cache object, transformers attends across documents without a word); padding behind
 the last document is one more document. flash_attention_2 reads position ids only in batches of one row: `flatten`.
@@ -27,7 +30,7 @@ IGNORED = -100  # the label that torch's cross-entropy leaves out
 class Batch:
     """The tensors of one micro-batch: `model(**batch.inputs)`, then the loss of its logits against `labels`."""
 
-    inputs: dict[str, torch.Tensor]  # int64 (B, T) each; attention_mask is absent where nothing is padded
+    inputs: dict[str, torch.Tensor]  # int64 (B, T) each
     labels: torch.Tensor  # int64 (B, T) shifted targets, or (B,) class labels
     label_positions: torch.Tensor  # int64 (label_tokens,): where the flattened labels are not -100
     real_tokens: int
@@ -58,8 +61,12 @@ def collate(
     *,
     pad_token_id: int,
     width: int | None = None,
+    mask_padding: bool = False,
 ) -> Batch:
-    """One example a row, padded on the right to the longest, or to `width` columns for fixed-length batching."""
+    """One example a row, padded on the right to the longest, or to `width` columns for fixed-length batching.
+
+    Texts to classify get an `attention_mask` where something is padded, others with `mask_padding` alone.
+    """
     indices = [int(row[0]) for row in rows]
     if any(len(row) != 1 for row in rows):
         raise ValueError("a row with several examples is packed: use collate_packed")
@@ -70,13 +77,12 @@ def collate(
     for row, sequence in enumerate(sequences):
         input_ids[row, : len(sequence)] = sequence
         attention_mask[row, : len(sequence)] = 1
-    inputs = {"input_ids": input_ids}
-    if not attention_mask.all():
+    inputs, classifies = {"input_ids": input_ids}, examples.class_labels[indices[0]] >= 0
+    if (classifies or mask_padding) and not attention_mask.all():
         inputs["attention_mask"] = attention_mask
-    if examples.class_labels[indices[0]] >= 0:
+    if classifies:
         labels = examples.class_labels[indices]
     else:
-        inputs["position_ids"] = np.tile(np.arange(columns), (len(rows), 1))
         labels = np.full((len(rows), columns), IGNORED, np.int64)
         for row, index in enumerate(indices):
             labels[row, : len(sequences[row])] = _targets(examples, index)

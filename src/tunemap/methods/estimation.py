@@ -31,7 +31,9 @@ def estimation_batches(
         raise UserError(f"estimation_batches is {batch_count}: too few for {world_size} devices; each needs one")
     chosen = _sampled(len(tokens.train.lengths), batch_count, batch_size, seed)
     for rows in chosen[rank::world_size]:
-        batch = collate(tokens.train, [np.array([row]) for row in rows], pad_token_id=tokens.pad_token_id)
+        # Masked, so that a start that reads one sequence at a time (CorDA) knows where it ends.
+        chosen_rows = [np.array([row]) for row in rows]
+        batch = collate(tokens.train, chosen_rows, pad_token_id=tokens.pad_token_id, mask_padding=True)
         yield _with_labels_in_place(batch.to(device))
 
 

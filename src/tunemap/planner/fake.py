@@ -199,14 +199,15 @@ def _packed(weight: Any) -> nn.Parameter:
 # --- the batch --------------------------------------------------------------------------------------------
 
 
-def fake_batch(shape: BatchShape, task_kind: TaskKind) -> Batch:
+def fake_batch(shape: BatchShape, task_kind: TaskKind, *, mask_padding: bool = False) -> Batch:
     """The tensors that `data.collate` makes of a batch of this shape. Call under the fake mode."""
     size = (shape.rows, shape.width)
     inputs = {"input_ids": torch.zeros(size, dtype=torch.int64)}
-    if shape.padded and not shape.packed:
+    if shape.padded and not shape.packed and (mask_padding or task_kind == "classification"):
         inputs["attention_mask"] = torch.ones(size, dtype=torch.int64)
-    if task_kind == "generation":
+    if shape.packed:
         inputs["position_ids"] = torch.zeros(size, dtype=torch.int64)
+    if task_kind == "generation":
         labels = torch.full(size, IGNORED, dtype=torch.int64)
     else:
         labels = torch.zeros(shape.rows, dtype=torch.int64)

@@ -271,7 +271,7 @@ def _estimation_peak(
     shape = BatchShape(rows, batch.width, padded=batch.padded and rows > 1)
     with fake.fake_mode():
         fake.materialise(model)
-        made = fake.fake_batch(shape, run.task_kind)
+        made = fake.fake_batch(shape, run.task_kind, mask_padding=True)
         tracker = track_live_storage(model, block_bytes=block_bytes)
 
         def loss(model: nn.Module, values: Any) -> torch.Tensor:

@@ -17,7 +17,8 @@ ON_GPUS = "on_gpus"  # of a run in predictions.json: what it comes to on each de
 class BatchShape:
     """One micro-batch of one device: `rows` sequences of `width` tokens.
 
-    padded: whether some row is shorter, so that the attention needs a mask. packed: several examples per row.
+    padded: whether some row is shorter, so that the attention of a classifier needs a mask.
+    packed: several examples per row.
     label_tokens: mean positions with a label; None where only the data tell, and all positions count.
     """
 

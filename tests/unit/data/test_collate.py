@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tunemap.data.batches import batch_schedule
 from tunemap.data.collate import IGNORED, Batch, collate, collate_packed
@@ -68,9 +68,8 @@ def loss_of(model: Any, batch: Batch, use_cache: bool = False) -> torch.Tensor:
 def test_labels_are_the_next_token_of_the_answer() -> None:
     examples = make_examples([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]])
     batch = collate(examples, rows([0], [1]), pad_token_id=PAD)
+    assert batch.inputs.keys() == {"input_ids"}
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 9, 10], [8, 11, 12, 13, PAD]]
-    assert batch.inputs["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
-    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 2
     assert batch.labels.tolist() == [[IGNORED, IGNORED, 9, 10, IGNORED], [11, 12, 13, IGNORED, IGNORED]]
     assert (batch.real_tokens, batch.label_tokens, batch.padded_tokens, batch.samples) == (9, 5, 10, 2)
 
@@ -92,10 +91,42 @@ def test_padding_of_a_packed_row_is_a_document_of_its_own() -> None:
     assert (batch.real_tokens, batch.padded_tokens, batch.samples) == (8, 12, 3)
 
 
-def test_no_mask_where_nothing_is_padded() -> None:
-    examples = make_examples([[5, 6], [8, 3]], [[9], [11]])
-    batch = collate(examples, rows([0], [1]), pad_token_id=PAD)
-    assert "attention_mask" not in batch.inputs
+def test_a_mask_on_request_where_something_is_padded() -> None:
+    examples = make_examples([[5, 6, 7], [8], [8, 3]], [[9, 10], [11, 12, 13], [11]])
+    padded = collate(examples, rows([0], [1]), pad_token_id=PAD, mask_padding=True)
+    assert padded.inputs["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
+    full = collate(examples, rows([0]), pad_token_id=PAD, mask_padding=True)
+    assert "attention_mask" not in full.inputs
+
+
+CAUSAL = {
+    "qwen2": {"num_key_value_heads": 1},
+    "mistral": {"num_key_value_heads": 1, "sliding_window": 4},
+    "gemma2": {"num_key_value_heads": 1, "sliding_window": 4, "head_dim": 8},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "opt": {"dropout": 0.0, "ffn_dim": 32, "word_embed_proj_dim": 16},
+    "bloom": {},
+}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_causal_model_learns_from_padded_rows_what_it_learns_from_each_alone(kind: str) -> None:
+    """Without a mask. With one, rows that end more than a sliding window before the longest have no finite loss."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(kind, **shape, num_attention_heads=2, pad_token_id=PAD, **CAUSAL[kind])
+    network, examples = AutoModelForCausalLM.from_config(config).double().train(), random_examples(5)
+    padded = collate(examples, rows(*([i] for i in range(5))), pad_token_id=PAD)
+    assert padded.padded_tokens > padded.real_tokens
+    found = []
+    for batches in ([padded], [collate(examples, rows([i]), pad_token_id=PAD) for i in range(5)]):
+        network.zero_grad()
+        losses = [loss_of(network, batch) * batch.label_tokens for batch in batches]
+        torch.stack(losses).sum().backward()
+        gradients = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+        found.append([torch.stack(losses).sum().detach(), *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # some compute norms in float32
 
 
 def test_fixed_width_is_filled_up() -> None:

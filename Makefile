@@ -49,6 +49,7 @@ bench: install ## print what the instruments cost, GoRA beside LoRA, planned bes
 	python benchmarks/agreement.py
 	python benchmarks/extraction.py
 	python benchmarks/planner.py
+	python benchmarks/lean_step.py
 	python benchmarks/waterfall.py
 	python benchmarks/planner.py --published
 	python benchmarks/planner.py --large
@@ -69,6 +70,7 @@ gpu-check: install ## run every test that needs a CUDA device, and say so where 
 
 gpu-bench: install ## the waterfall of settings and the race against the peers on a GPU (an hour); results in benchmarks/results
 	tunemap ceiling
+	python benchmarks/lean_step.py --device cuda --output benchmarks/results/lean-step-cuda.json
 	python benchmarks/waterfall.py --device cuda --output benchmarks/results/waterfall-cuda.json
 	python benchmarks/peers.py --install
 	python benchmarks/peers.py --device cuda --output benchmarks/results/peers-cuda.json

@@ -29,7 +29,7 @@ def page(results: Path = RESULTS) -> str:
     introduction = INTRODUCTION
     if not any(results.glob("*-cuda.json")):
         introduction += "No result of a GPU is among them yet.\n"
-    sections = (overhead, waterfall, peers, startup, gora, tokenisation, extraction, extraction_peers)
+    sections = (overhead, lean_step, waterfall, peers, startup, gora, tokenisation, extraction, extraction_peers)
     sections += (report, scale, executed, alternatives, growth)
     return "\n".join([introduction, *(text for section in sections if (text := section(results)))])
 
@@ -75,6 +75,33 @@ def overhead(results: Path) -> str:
         f"{found['instruments_alone_share']:.2%} of it.\n\n"
         + _table(["step time", "by the clock", "processor time"], rows, found)
     )
+
+
+def lean_step(results: Path) -> str:
+    """What the step leaves out in every run."""
+    found = {device: read_results(results, f"lean-step-{device}") for device in DEVICES}
+    tables = [_lean_step(one) for one in found.values() if one is not None]
+    introduction = (
+        "## What the training step leaves out\n\n"
+        "In every run, whatever its settings: one padded batch with lengths as in GSM8K, the usual way and then one "
+        "thing less after the other, 9 million parameters, steps in turns. Loss and gradient norm are the same, or "
+        "the benchmark fails (`benchmarks/lean_step.py`).\n\n"
+    )
+    return introduction + "\n".join(tables) if tables else ""
+
+
+def _lean_step(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['method']}: {row['way']}",
+            *(_interval(row["speed_up"][clock]) for clock in ("wall", "cpu")),
+            _interval(row["speed_up_of_the_step"]["cpu"]),
+            f"{row['peak_allocated_bytes'] / 1e6:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["way", "usual time / its", "in processor time", "of the one before", "peak MB"]
+    return _table(head, rows, found) + (f"\n{found['note']}\n" if found["note"] else "")
 
 
 def waterfall(results: Path) -> str:

@@ -1,7 +1,7 @@
 """LoRA layers of PEFT that read and write memory less often: the same sum, as part of a matrix product.
 
 PEFT adds `lora_B(lora_A(x)) * scaling` to the layer's result: a product, a scaling and a sum, each a pass over a tensor
-as large as the result, which is 6 % of a step on a CPU (benchmarks/peers.py). A matrix product can add to what is
+as large as the result (what it takes of a step: benchmarks/lean_step.py). A matrix product can add to what is
 there already (BLAS gemm with beta = 1). And where autocast rounds x for lora_A anyway, PEFT still casts it to the
 adapter's dtype first, and the rounded copy is kept for the backward pass, one per adapter; x itself serves as well.
 """

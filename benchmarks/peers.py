@@ -385,6 +385,7 @@ def main() -> None:
         parser.error(f"--turns {turns}: does not divide the {arguments.steps - arguments.steps // 4} steps that count")
     if unknown := set(arguments.sizes or ()) - set(sizes):
         parser.error(f"--sizes {' '.join(sorted(unknown))}: on {arguments.device} there are {', '.join(sizes)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # leave no contestant resting for ever
     torch.set_num_threads(arguments.threads)
     dtypes = {size.dtype for size in sizes.values()}
     ceilings = {dtype: measure_ceiling(arguments.device, dtype).flops_per_s for dtype in dtypes}

@@ -129,7 +129,8 @@ def _waterfall(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    return _table(["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"], rows, found)
+    head = ["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"]
+    return _table(head, rows, found) + (f"\n{found['note']}\n" if found.get("note") else "")
 
 
 def peers(results: Path) -> str:

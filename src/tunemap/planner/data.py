@@ -37,7 +37,7 @@ def data_of(run: Run, results: Path) -> Data:
     except UserError:  # fewer rows than a batch: the run will say so
         return _without_tokens(run, labels, len(lengths))
     batch = _shape(factors, widest, padded=shortest < widest)
-    if factors.logits == "label_tokens":
+    if labels is None:
         share = _label_share(file, file.stat().st_mtime_ns)
         mean_row = packed_tokens if factors.batching == "packed" else float(lengths.mean())
         batch = replace(batch, label_tokens=round(share * mean_row * factors.per_device_batch_size))

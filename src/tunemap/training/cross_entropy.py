@@ -33,22 +33,22 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
-        without = labels == ignored
+        kept = labels != ignored
         targets = labels.clamp(min=0)[:, None]
         logarithms = torch.empty_like(logits, dtype=torch.float32)
         rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
         for start in range(0, len(logits), rows):
             chunk = slice(start, start + rows)
             torch.log_softmax(logits[chunk], -1, dtype=torch.float32, out=logarithms[chunk])
-        ctx.save_for_backward(logarithms, targets, without)
+        ctx.save_for_backward(logarithms, targets, kept)
         ctx.dtype = logits.dtype
-        return -logarithms.gather(1, targets).squeeze(1).masked_fill(without, 0.0).sum()
+        return -torch.where(kept, logarithms.gather(1, targets).squeeze(1), 0.0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logarithms, targets, without = ctx.saved_tensors
+        logarithms, targets, kept = ctx.saved_tensors
         gradient = logarithms.exp_()
         gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
-        gradient.mul_(upstream.expand(len(targets), 1).masked_fill(without[:, None], 0.0))
+        gradient.mul_(torch.where(kept, upstream, 0.0)[:, None])
         return gradient.to(ctx.dtype), None, None

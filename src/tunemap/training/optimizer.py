@@ -84,7 +84,7 @@ def clip_gradients(
     if max_grad_norm is None:
         return norm
     if optimizer.defaults.get("fused") and not any(isinstance(gradient, DTensor) for gradient in gradients):
-        divisor = ((norm + 1e-6) / max_grad_norm).clamp(min=1.0)  # as in clip_grads_with_norm_
+        divisor = ((norm.float() + 1e-6) / max_grad_norm).clamp(min=1.0)  # as in clip_grads_with_norm_
         optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     else:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

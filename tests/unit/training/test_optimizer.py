@@ -12,12 +12,12 @@ from tunemap.training.optimizer import build_optimizer, clip_gradients
 LIMITS = [None, 0.01, 1e6]
 
 
-def trained(name, clip, steps=3, scaler=None):
+def trained(name, clip, steps=3, scaler=None, dtype=torch.float32):
     """Weights after some steps, and the norms that `clip` returned."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
     optimizer = build_optimizer(model, name=name, learning_rate=0.01, weight_decay=0.1)
-    inputs, norms = torch.randn(5, 8), []
+    inputs, norms = torch.randn(5, 8).to(dtype), []
     for _ in range(steps):
         loss = 10 * model(inputs).square().sum()
         (scaler.scale(loss) if scaler else loss).backward()
@@ -48,6 +48,16 @@ def test_steps_are_those_of_clipped_gradients(name, limit, scaled):
     assert ours == pytest.approx(norms, rel=1e-6)
     assert max(norms) > 1  # the small limit clips
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_weights_in_bfloat16_are_clipped_too(limit):
+    def of_torch(parameters, _):
+        return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+
+    expected, _ = trained("adamw", of_torch, dtype=torch.bfloat16)
+    found, _ = trained("adamw", lambda p, o: clip_gradients(p, o, limit), dtype=torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.002)
 
 
 def test_no_pass_over_the_gradients_is_made_for_adamw():

@@ -40,6 +40,16 @@ def read_results(results: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def _of_devices(results: Path, name: str) -> list[dict[str, Any]]:
+    found = (read_results(results, f"{name}-{device}") for device in DEVICES)
+    return [one for one in found if one is not None]
+
+
+def _note(found: dict[str, Any]) -> str:
+    """What a reader must know of the making of a result, if anything."""
+    return f"\n{found['note']}\n" if found.get("note") else ""
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], found: dict[str, Any]) -> str:
     """A table of what was `found`, and the machine below it."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -79,8 +89,7 @@ def overhead(results: Path) -> str:
 
 def lean_step(results: Path) -> str:
     """What the step leaves out in every run."""
-    found = {device: read_results(results, f"lean-step-{device}") for device in DEVICES}
-    tables = [_lean_step(one) for one in found.values() if one is not None]
+    tables = [_lean_step(one) for one in _of_devices(results, "lean-step")]
     introduction = (
         "## What the training step leaves out\n\n"
         "In every run, whatever its settings: one padded batch with lengths as in GSM8K, the usual way and then one "
@@ -101,13 +110,12 @@ def _lean_step(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     head = ["way", "usual time / its", "in processor time", "of the one before", "peak MB"]
-    return _table(head, rows, found) + (f"\n{found['note']}\n" if found["note"] else "")
+    return _table(head, rows, found) + _note(found)
 
 
 def waterfall(results: Path) -> str:
     """What settings bring, one after the other."""
-    found = {device: read_results(results, f"waterfall-{device}") for device in DEVICES}
-    tables = [_waterfall(one) for one in found.values() if one is not None]
+    tables = [_waterfall(one) for one in _of_devices(results, "waterfall")]
     introduction = (
         "## Settings that make training faster\n\n"
         "One epoch over the same rows, with lengths spread as in GSM8K; real tokens per second, padding not counted. "
@@ -130,7 +138,7 @@ def _waterfall(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     head = ["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"]
-    return _table(head, rows, found) + (f"\n{found['note']}\n" if found.get("note") else "")
+    return _table(head, rows, found) + _note(found)
 
 
 def peers(results: Path) -> str:
@@ -151,8 +159,7 @@ def peers(results: Path) -> str:
 
 def _peers(found: dict[str, Any]) -> str:
     head = ["contestant", "rounds", "tokens/s", "says of itself", "MFU", "peak GB", "ours / its", "in processor time"]
-    note = f"\n{found['note']}\n" if found["note"] else ""
-    return _table(head, map(_peer, found["rows"]), found) + note
+    return _table(head, map(_peer, found["rows"]), found) + _note(found)
 
 
 def _peer(row: dict[str, Any]) -> list[str]:
@@ -183,7 +190,7 @@ def startup(results: Path) -> str:
         )
         + "\nMost of it are imports. torch, transformers and peft, imported by a process that does nothing else:\n\n"
         + _table(["imports", *head], (_start(row["name"], row) for row in found["imports"]), found)
-        + (f"\n{found['note']}\n" if found["note"] else "")
+        + _note(found)
     )
 
 

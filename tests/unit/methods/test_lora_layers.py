@@ -149,15 +149,17 @@ def test_layers_that_compute_more_than_the_sum_stay_as_they_are(settings):
 
 
 def test_a_switched_off_adapter_adds_nothing():
-    model = fused(made_model())
+    plain = made_model()
+    model = fused(plain)
     base = model.get_base_model()
-    with torch.no_grad(), model.disable_adapter():
-        off = model(input_ids=IDS).logits
+    with torch.no_grad(), model.disable_adapter(), plain.disable_adapter():
+        off, without = (one(input_ids=IDS).logits for one in (model, plain))
     with torch.no_grad():
         on = base(input_ids=IDS).logits
         model.merge_adapter()
         merged = base(input_ids=IDS).logits
         model.unmerge_adapter()
+    assert torch.equal(off, without)
     assert (off - on).abs().max() > 0.01
     torch.testing.assert_close(merged, on, rtol=1e-4, atol=1e-5)
 

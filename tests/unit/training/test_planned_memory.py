@@ -53,6 +53,7 @@ def tracked(prepared, run) -> tuple[int, int]:
         ("lora", {"gradient_checkpointing": True}),
         ("qlora", {}),
         ("loha", {}),
+        ("full", {"precision": "pure_bf16"}),
         ("full", {"precision": "bf16", "optimizer": "adafactor"}),
         ("lora", {"precision": "bf16", "optimizer": "adamw_8bit"}),
     ],

@@ -37,6 +37,8 @@ _CATEGORY_OF_PHASE = {
 # nested by `state2` with double quantisation), Int8Params.CB and SCB.
 _SCALE_ATTRIBUTES = ("quant_state", "state2", "absmax", "code", "offset", "CB", "SCB")
 
+_REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_.default  # what FSDP calls
+
 
 @dataclass
 class _Storage:
@@ -55,7 +57,7 @@ class LiveStorage(TorchDispatchMode):
 
     Seen: every result of an operator, every storage that an operator reads (one that this class has not met was
     there before the step, and is counted from its start), storages that FSDP resizes. Not seen: scratch inside a
-    kernel, tensors that nobody touches during the step.
+    kernel or a collective, tensors that nobody touches during the step.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class LiveStorage(TorchDispatchMode):
         self._device_type = next((p.device.type for p in model.parameters()), "cpu")
         self._phase = "other"
         self._alive: dict[int, _Storage] = {}
+        self._scratch: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._scratch_bytes = 0  # of the copy that the next operator may read
         self._current_bytes = 0
         self._by_category = dict.fromkeys(CATEGORIES, 0)
         self._end_bytes: int | None = None
@@ -154,9 +158,14 @@ class LiveStorage(TorchDispatchMode):
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # let DTensor and the like run; their operators on local tensors come here
         kwargs = kwargs or {}
-        for tensor in _tensors_in((args, kwargs)):
+        read = list(_tensors_in((args, kwargs)))
+        if self._scratch_bytes:
+            self._leave_out_scratch(read)
+        for tensor in read:
             self._meet(tensor)
         result = func(*args, **kwargs)
+        if func is _REDUCE_SCATTER:
+            self._scratch_bytes = args[1].nbytes
         category = _CATEGORY_OF_PHASE[self._phase]
         for tensor in _tensors_in(result):
             self._follow(tensor, category)
@@ -171,6 +180,8 @@ class LiveStorage(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage, category: str) -> None:
         key = storage._cdata
+        if key in self._scratch:
+            return
         known = self._alive.get(key)
         now_bytes = self._rounded(storage.nbytes())
         if known is None:
@@ -195,6 +206,19 @@ class LiveStorage(TorchDispatchMode):
         self._peak_bytes, self._peak_phase = peak + extra, phase
         self._peak_by_category = {**by_category, "other": by_category["other"] + extra}
         self._phase_peaks = {name: reached + extra for name, reached in phase_peaks.items()}
+
+    def _leave_out_scratch(self, read: list[torch.Tensor]) -> None:
+        """The operator after a reduction over shards: with gloo it takes its part out of the reduced copy.
+
+        That copy of all gradients, made where no operator shows it, lives as long as the collective. Met like any other
+        storage it would count as there all along, one such copy for every block, and as alive until gloo's own thread
+        has let go of it.
+        """
+        for storage in (tensor.untyped_storage() for tensor in read):
+            key = storage._cdata
+            if key not in self._alive and storage.nbytes() == self._scratch_bytes:
+                self._scratch[key] = weakref.ref(storage, lambda _, key=key: self._scratch.pop(key))  # type: ignore[misc]
+        self._scratch_bytes = 0
 
     def _rename(self, tensor: torch.Tensor, category: str) -> None:
         """Count the storages of `tensor` (inner ones of a wrapper) under `category` from now on."""

@@ -33,7 +33,7 @@ from tunemap.methods.undisturbed import model_loss
 from tunemap.models.loading import quiet
 from tunemap.planner import fake
 from tunemap.planner.depth import SHALLOW, SegmentedStorage, Segments, can_be_deepened, deepened, with_depth
-from tunemap.planner.prediction import Account, BatchShape, Work, copies_of_gloo
+from tunemap.planner.prediction import Account, BatchShape, Work
 from tunemap.planner.work import WorkCounter
 from tunemap.run import Run
 from tunemap.training.assemble import LossOf, loss_function, quantization_of, spread
@@ -56,11 +56,9 @@ def account(run: Run, config: PreTrainedConfig, batch: BatchShape, *, num_labels
     targets = getattr(run.method, "target_modules", "all-linear")
     blocks = can_be_deepened(config, run.method.kind, targets)
     if blocks is None:
-        found = _account(run, config, batch, num_labels, on_gpu)[0]
-    else:
-        few, more = (_account(run, with_depth(config, depth), batch, num_labels, on_gpu) for depth in SHALLOW)
-        found = deepened((few[0], more[0]), (few[1], more[1]), blocks)
-    return found if on_gpu else found.with_more(copies_of_gloo(found))
+        return _account(run, config, batch, num_labels, on_gpu)[0]
+    few, more = (_account(run, with_depth(config, depth), batch, num_labels, on_gpu) for depth in SHALLOW)
+    return deepened((few[0], more[0]), (few[1], more[1]), blocks)
 
 
 def _account(

@@ -18,7 +18,7 @@ from tunemap.planner import cache
 from tunemap.planner.cache import NoAccount, account_key, predict, read_account, target_of, write_account
 from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
-from tunemap.planner.prediction import ON_GPUS, Account, Data, Prediction, copies_of_gloo
+from tunemap.planner.prediction import ON_GPUS, Account, Data, Prediction
 from tunemap.run import Run
 from tunemap.startup import quick_imports
 
@@ -89,7 +89,7 @@ def predict_to_file(plan_path: Path, data_root: Path, output: Path, *, results: 
         output,
         {
             run.id: predict(run, account, data, target, results=results).to_dict()
-            | {ON_GPUS: on_gpus(run, account, data, gpus, made_on_gpu=target.on_gpu, results=results)}
+            | {ON_GPUS: on_gpus(run, account, data, gpus, results=results)}
             for run, account, data in found
         },
     )
@@ -102,13 +102,12 @@ def described_gpus() -> list[Hardware]:
 
 
 def on_gpus(
-    run: Run, account: Account | NoAccount, data: Data, gpus: Iterable[Hardware], *, made_on_gpu: bool, results: Path
+    run: Run, account: Account | NoAccount, data: Data, gpus: Iterable[Hardware], *, results: Path
 ) -> list[dict[str, Any]]:
     """What a run comes to on each of these GPUs; empty where its step cannot be accounted for."""
     if isinstance(account, NoAccount):
         return []
-    there = account if made_on_gpu else account.with_more(-copies_of_gloo(account))
-    found = [predict(run, there, data, Target.gpu(one), results=results) for one in gpus]
+    found = [predict(run, account, data, Target.gpu(one), results=results) for one in gpus]
     return [{name: getattr(one, name) for name in SHOWN_ON_GPUS} for one in found]
 
 

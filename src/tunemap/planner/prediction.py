@@ -6,7 +6,7 @@ Imports no torch: the workflow asks while it is parsed, and a cluster job parses
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Verdict = Literal["fits", "tight", "cannot", "unknown"]
@@ -112,15 +112,6 @@ class Account:
         """What this rank sends at least for them."""
         return sum(row["sent_bytes"] for row in self.collectives)
 
-    def with_more(self, extra_bytes: int) -> Account:
-        """The account with so many bytes alive all the time besides what the step itself needs."""
-        return replace(
-            self,
-            peak_bytes=self.peak_bytes + extra_bytes,
-            breakdown_bytes=self.breakdown_bytes | {"other": self.breakdown_bytes.get("other", 0) + extra_bytes},
-            phase_peak_bytes={name: peak + extra_bytes for name, peak in self.phase_peak_bytes.items()},
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
@@ -139,11 +130,6 @@ class Account:
                 "notes": tuple(values["notes"]),
             }
         )
-
-
-def copies_of_gloo(account: Account) -> int:
-    """gloo reduces and scatters in copies of the whole gradients, which it keeps until their parts are used; bytes."""
-    return sum(row["payload_bytes"] for row in account.collectives if row["kind"] == "reduce_scatter")
 
 
 @dataclass(frozen=True)

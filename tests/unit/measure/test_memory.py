@@ -339,6 +339,17 @@ def test_peak_of_a_distributed_step_equals_the_profilers_to_the_byte(single_rank
         assert tracker.breakdown_bytes["other"] == weights + ids.numel() * 8  # the buckets and the batch
 
 
+def test_the_copy_in_which_gloo_reduces_is_scratch_of_the_collective(single_rank):
+    import torch.distributed as dist
+
+    gradients, part, later = torch.ones(1000), torch.empty(1000), torch.ones(1000)
+    with track_live_storage(torch.nn.Linear(1, 1)) as tracker:
+        dist.reduce_scatter_tensor(part, gradients)
+        assert tracker.live_bytes == tracker.peak_allocated_bytes == 2 * 4000 + 8
+        later.add_(1)  # as large, and no scratch
+    assert tracker.end_allocated_bytes == tracker.peak_allocated_bytes == 3 * 4000 + 8
+
+
 def test_host_peak_rises_with_an_allocation_and_falls_on_reset():
     if not reset_host_rss_peak():
         pytest.skip("this kernel does not let a process reset its own peak")

@@ -11,7 +11,7 @@ from tunemap.planner.cache import NoAccount, account_key, known_prediction, pred
 from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
 from tunemap.planner.plan import described_gpus, on_gpus
-from tunemap.planner.prediction import Account, BatchShape, Work, copies_of_gloo
+from tunemap.planner.prediction import Account, BatchShape, Work
 from tunemap.run import Run
 
 GIB = 1 << 30
@@ -123,21 +123,12 @@ def test_estimation_counts_where_it_needs_more_than_training():
     assert "NCCL" in device.device_bytes(account(), target, devices=2)
 
 
-def test_other_gpus_are_planned_without_the_copies_of_a_cpus_collectives(tmp_path):
-    run, data = make_run(), data_of(make_run(), tmp_path)
-    row = {"kind": "reduce_scatter", "calls": 1, "payload_bytes": GIB, "sent_bytes": GIB}
-    on_gpu = account(4 * GIB, collectives=(row,))
-    on_cpu = on_gpu.with_more(copies_of_gloo(on_gpu))
-    assert on_cpu.peak_bytes == sum(on_cpu.breakdown_bytes.values()) == 5 * GIB
-    gpus = described_gpus()
-    there, from_here = (
-        on_gpus(run, one, data, gpus, made_on_gpu=made, results=tmp_path)
-        for one, made in ((on_gpu, True), (on_cpu, False))
-    )
-    assert there == from_here
+def test_a_run_is_planned_on_every_described_gpu(tmp_path):
+    run, data, gpus = make_run(), data_of(make_run(), tmp_path), described_gpus()
+    there = on_gpus(run, account(4 * GIB), data, gpus, results=tmp_path)
     assert [one["memory_bytes"] for one in there] == sorted(gpu.memory_bytes for gpu in gpus)
     assert len(there) >= 13
-    assert on_gpus(run, NoAccount("because"), data, gpus, made_on_gpu=True, results=tmp_path) == []
+    assert on_gpus(run, NoAccount("because"), data, gpus, results=tmp_path) == []
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

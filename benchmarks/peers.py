@@ -11,9 +11,9 @@ comparison. Each is started as its users start it: our launcher sets two variabl
 `--our-allocator` gives to everybody, to show what of the difference they are.
 On a CPU all train at the same time, in turns of a few steps: one runs while the others rest, so that a machine that is
 slower for a minute is slower for all. On a GPU, whose memory they could not share, one trains after the other. A
-stopwatch of ours takes the time. A round starts everybody anew; the ratio is taken within a round, its interval is a
-t interval of its logarithm over the rounds. What a contestant calls its own throughput is compared with the stopwatch
-of the same run, in a round without rests.
+stopwatch of ours takes the time. A round starts everybody anew; its ratio is the median of those of turns that followed
+each other, and the interval is a t interval of its logarithm over the rounds. What a contestant calls its own
+throughput is compared with the stopwatch of the same run, in a round without rests.
 MFU is the mathematics' FLOPs (those of frozen weights' gradients left out) beside what a matrix product reaches on
 this device, measured at the start. Losses are compared where the data are the same: equal work, or no comparison.
 """
@@ -23,19 +23,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from contestants.workload import Workload
+from race import CONTESTANTS, OWN, RECOMMENDED, install, orders, race
 from transformers import AutoConfig
 
 from tunemap import corpora, models
@@ -49,35 +48,8 @@ from tunemap.measure.flops import Trained, model_shape, step_flops
 from tunemap.run import Run
 from tunemap.statistics import mean
 from tunemap.training.batches import micro_batches, schedule_of
-from tunemap.training.launch import KEEP_FREED_MEMORY
 
 HERE = Path(__file__).resolve().parent
-
-OWN, RECOMMENDED = "tunemap", "tunemap, recommended"
-PEFT_URL = "https://github.com/huggingface/peft"
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A script of benchmarks/contestants, the environment it runs in (None: ours), whether its labels are the same.
-
-    arguments: more words for its command line.
-    """
-
-    script: str
-    requirements: tuple[str, ...] | None = None
-    same_labels: bool = True
-    arguments: tuple[str, ...] = ()
-
-
-CONTESTANTS = {
-    OWN: Contestant("tunemap_loop.py", arguments=("run.json",)),
-    RECOMMENDED: Contestant("tunemap_loop.py", arguments=("recommended.json",)),
-    "trainer": Contestant("hf_trainer.py"),
-    "trl": Contestant("trl_sft.py", ("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2")),
-    "peft": Contestant("peft_comparison.py", same_labels=False),
-    "optimum-benchmark": Contestant("optimum_bench.py", ("optimum-benchmark==0.6.0", "transformers<5", "peft"), False),
-}
 
 
 def architecture(hidden: int, layers: int, vocabulary: int, **others: Any) -> dict[str, Any]:
@@ -218,96 +190,6 @@ def flops_per_token(folder: Path, work: Workload) -> float:
     return step_flops(shape, trained, [(work.rows, work.length)]).model_flops / work.tokens_per_step
 
 
-def install(environments: Path, names: list[str]) -> None:
-    """Make the environments of the peers that need one, and fetch PEFT's repository for its loop."""
-    for name in names:
-        requirements = CONTESTANTS[name].requirements
-        if requirements is None:
-            continue
-        place = environments / name
-        subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "torch==2.13.0", "numpy", *requirements], check=True)
-    repository = environments / "peft-repository"
-    if "peft" in names and not repository.exists():
-        subprocess.run(["git", "clone", "--quiet", "--depth=1", PEFT_URL, repository], check=True)
-
-
-def command_of(name: str, folder: Path, result: Path, environments: Path) -> list[str | Path]:
-    """What starts a contestant on the workload in `folder`."""
-    contestant = CONTESTANTS[name]
-    python = environments / name / "bin" / "python" if contestant.requirements else Path(sys.executable)
-    return [python, HERE / "contestants" / contestant.script, folder, result, *contestant.arguments]
-
-
-def environment_of(name: str, work: Workload, environments: Path, *, everywhere: bool = False) -> dict[str, str]:
-    """The environment in which a contestant runs; `everywhere` gives our launcher's allocator to all."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if work.device == "cpu":
-        quiet["CUDA_VISIBLE_DEVICES"] = ""
-    if name in (OWN, RECOMMENDED) or everywhere:
-        quiet |= KEEP_FREED_MEMORY  # as our launcher starts its workers
-    return os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / "peft-repository")}
-
-
-def race(names: list[str], folder: Path, environments: Path, *, everywhere: bool) -> dict[str, dict[str, Any]]:
-    """Run each contestant once, all in turns: tokens per second by our stopwatch and by their account, and losses."""
-    work = Workload.load(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        started: dict[str, subprocess.Popen[bytes]] = {}
-        waiting = list(names)
-        try:
-            while waiting:
-                for name in waiting:
-                    if name in started:
-                        started[name].send_signal(signal.SIGCONT)
-                    else:
-                        place = Path(scratch) / name
-                        place.mkdir()
-                        known = environment_of(name, work, environments, everywhere=everywhere)
-                        started[name] = _start(
-                            command_of(name, folder, place / "result.json", environments), known, place
-                        )
-                    _until_it_rests(started[name])
-                waiting = [name for name in reversed(waiting) if started[name].returncode is None]
-        finally:
-            for process in started.values():
-                process.kill()
-        return {name: _read(Path(scratch) / name, work) for name in names}
-
-
-def _start(command: list[str | Path], environment: dict[str, str], place: Path) -> subprocess.Popen[bytes]:
-    with (place / "output").open("w") as output:
-        return subprocess.Popen(command, env=environment, cwd=place, stdout=output, stderr=subprocess.STDOUT)
-
-
-def _until_it_rests(process: subprocess.Popen[bytes]) -> None:
-    """Wait until a contestant's turn is over, or its work."""
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    if not os.WIFSTOPPED(status):
-        process.returncode = os.waitstatus_to_exitcode(status)
-
-
-def _read(place: Path, work: Workload) -> dict[str, Any]:
-    """What a contestant left."""
-    result = place / "result.json"
-    if not result.exists():
-        said = (place / "output").read_text()
-        print(said, file=sys.stderr)
-        return {"error": (said.strip().splitlines() or ["no message"])[-1]}
-    known: dict[str, Any] = json.loads(result.read_text())
-    wall_s, cpu_s = np.mean(known.pop("turns_wall_and_cpu_s"), axis=0) / work.steps_per_turn
-    return known | {"tokens_per_second": work.tokens_per_step / wall_s, "cpu_s_per_step": cpu_s}
-
-
-def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """The names in another order each round."""
-    for turn in range(rounds):
-        order = names[turn % len(names) :] + names[: turn % len(names)]
-        yield order if turn % 2 == 0 else order[::-1]
-
-
 def compare(folder: Path, names: list[str], environments: Path, rounds: int, *, everywhere: bool) -> dict[str, Any]:
     """All contestants on one workload, without rests, then `rounds` times in turns."""
     work = Workload.load(folder)
@@ -339,16 +221,22 @@ def _summary(name: str, alone: dict[str, dict[str, Any]], rounds: list[dict[str,
     return {
         "tokens_per_second": float(np.median(_values(theirs, "tokens_per_second"))),
         "own_tokens_per_second_to_measured": alone[name]["own_tokens_per_second"] / alone[name]["tokens_per_second"],
-        "ratio": ratio_of_rounds(_values(ours, "tokens_per_second"), _values(theirs, "tokens_per_second")),
-        "cpu_time_ratio": ratio_of_rounds(_values(theirs, "cpu_s_per_step"), _values(ours, "cpu_s_per_step")),
+        "ratio": ratio_of_turns(_values(theirs, "wall_s"), _values(ours, "wall_s")),
+        "cpu_time_ratio": ratio_of_turns(_values(theirs, "cpu_s"), _values(ours, "cpu_s")),
         "mean_loss_relative_difference": apart,
         "peak_allocated_bytes": theirs[0]["peak_allocated_bytes"],
         "rounds": len(theirs),
     }
 
 
-def _values(runs: list[dict[str, Any]], name: str) -> list[float]:
+def _values(runs: list[dict[str, Any]], name: str) -> list[Any]:
     return [run[name] for run in runs]
+
+
+def ratio_of_turns(above: list[npt.NDArray[np.float64]], below: list[npt.NDArray[np.float64]]) -> dict[str, float]:
+    """Geometric mean over the rounds of the median ratio of turns that followed each other, with its interval."""
+    medians = [float(np.median(one / other)) for one, other in zip(above, below, strict=True)]
+    return ratio_of_rounds(medians, [1.0] * len(medians))
 
 
 def ratio_of_rounds(above: list[float], below: list[float]) -> dict[str, float]:

@@ -29,18 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from contestants.workload import Workload
-from peers import (
-    CONTESTANTS,
-    HERE,
-    OWN,
-    RECOMMENDED,
-    SIZES,
-    command_of,
-    environment_of,
-    orders,
-    prepare,
-    ratio_of_rounds,
-)
+from peers import HERE, SIZES, prepare, ratio_of_rounds
+from race import CONTESTANTS, OWN, RECOMMENDED, command_of, environment_of, orders
 
 from tunemap.measure.environment import environment
 

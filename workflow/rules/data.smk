@@ -17,6 +17,8 @@ rule prepare_model:
         "logs/prepare_model/{model}.log",
     conda:
         "../../envs/train.yaml"
+    # A tiny model is pretrained by two.
+    threads: 2
     params:
         source=source_digest("prepare_model"),
         spec=model_spec,

@@ -102,6 +102,23 @@ def attention_gate(kernels: Sequence[str], asked: str) -> GateResult:
 
 
 @gate(4)
+def causality_gate(reach_forward: float, reach_back: float) -> GateResult:
+    """A model for generation looks at no token behind the one that it continues, and at those before it.
+
+    `reach_forward` and `reach_back` are the largest gradients of a position's logits with respect to the embeddings of
+    later tokens and of tokens up to its own. Batches do not tell a causal model where padding is, because it cannot see
+    it; this is what that rests on.
+    Prevents: a model that reads its answer, and one that reads padding: an encoder loaded as a decoder.
+    Would have stopped: no published number; a loss that falls to nothing is taken for learning.
+    """
+    message = (
+        f"gradient of a position's logits with respect to later tokens {reach_forward:.3g}, to itself and earlier ones "
+        f"{reach_back:.3g}"
+    )
+    return GateResult("causality", reach_forward == 0 and reach_back > 0, True, message)
+
+
+@gate(4)
 def adapters_gate(layers: Mapping[str, int], dtypes: Collection[str], asked_dtype: str) -> GateResult:
     """Adapters are layers of peft, one class in the whole model, kept in the dtype that the factor names.
 

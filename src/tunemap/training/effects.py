@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +20,7 @@ from tunemap.gates.model import (
     adapters_gate,
     attention_gate,
     autocast_gate,
+    causality_gate,
     compile_gate,
     fsdp_units_gate,
     optimizer_state_gate,
@@ -34,6 +36,7 @@ from tunemap.methods.parameters import count_parameters, linear_shapes, lora_clo
 from tunemap.run import Run
 from tunemap.training.precision import PRECISIONS
 
+_PROBE_TOKENS = 8  # of the sequence on which causality is seen; its middle is looked at
 _SMALLEST_8BIT_STATE = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in float32 (min_8bit_size)
 
 
@@ -75,6 +78,31 @@ def model_gates(model: nn.Module, run: Run, *, expected: int | None, trainable: 
         dtypes = {_name(p.dtype) for name, p in model.named_parameters() if "lora_" in name}
         results.append(adapters_gate(adapter_layers(model), dtypes, run.method.adapter_dtype))
     return results
+
+
+def sight_gate(model: Any) -> GateResult:
+    """Gate on where a bare model for generation looks, by one backward pass from the middle of a few tokens.
+
+    An exact zero, whatever the kernels: what a causal model masks has no part in its sums.
+    """
+    embedded: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    was_training = model.training
+    hook = model.eval().get_input_embeddings().register_forward_hook(keep)
+    try:
+        ids = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+        model.train(was_training)
+    middle = _PROBE_TOKENS // 2
+    (gradient,) = torch.autograd.grad(logits[0, middle - 1].float().square().sum(), embedded)
+    reach = gradient[0].abs().amax(1)
+    return causality_gate(reach[middle:].max().item(), reach[:middle].max().item())
 
 
 def adapter_layers(model: nn.Module) -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel
 
 from tunemap.distributed.strategies import transformer_blocks
 from tunemap.gates.training import frozen_weights_gate, trained_weights_gate
 from tunemap.measure.witness import Witness
 from tunemap.methods.apply import apply_method
 from tunemap.methods.parameters import count_parameters
-from tunemap.models.loading import load_model
+from tunemap.models.loading import Quantization, load_model
 from tunemap.training import effects
 from tunemap.training.checksums import changed, digest_of, replica_groups, weight_checksums
 from tunemap.training.optimizer import build_optimizer
@@ -73,6 +74,27 @@ def test_a_witnessed_step_gives_the_same_gradients_and_leaves_no_hook(build):
         step(model)
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), plain, strict=True))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_that_sees_what_it_shall_predict_trips(build):
+    decoder = build({"kind": "full"})[1]
+    encoder = BertLMHeadModel(
+        BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    seen = [effects.sight_gate(model) for model in (decoder, encoder)]
+    assert [(gate.passed, gate.fatal) for gate in seen] == [(True, True), (False, True)]
+    assert decoder.training
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+    assert not decoder.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_frozen_and_packed_weights_hide_nothing_from_the_gate_on_sight(prepared, attention):
+    model = load_model(
+        prepared.model, task_kind="generation", num_labels=None, dtype=torch.bfloat16,
+        quantization=Quantization("nf4", True, torch.bfloat16), attention=attention, seed=0, device="cpu",
+    )  # fmt: skip
+    assert effects.sight_gate(model.requires_grad_(False)).passed
 
 
 def test_precision_that_does_not_reach_the_products_trips(build):

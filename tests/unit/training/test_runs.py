@@ -46,7 +46,7 @@ def lora(train_once):
 
 def test_every_gate_passes_in_a_sound_run(lora):
     assert lora.outcome["outcome"] == "ok", lora.outcome["reason"]
-    assert {gate["gate"] for gate in lora.outcome["gates"]} >= RUN_GATES | {"adapters"}
+    assert {gate["gate"] for gate in lora.outcome["gates"]} >= RUN_GATES | {"adapters", "causality"}
     assert tripped(lora) == []
     assert "computed 8 times in 2 micro-batches" in lora.gate("recomputation")["message"]
     assert "bfloat16" in lora.gate("autocast")["message"]

@@ -1,0 +1,143 @@
+"""Who trains beside us, where they are installed, and how they take turns.
+
+On a CPU all train at the same time: a contestant rests (SIGSTOP, sent by itself) at the end of each of its turns and is
+woken when it is its turn again. What it leaves is read when its work is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contestants.workload import Workload
+
+from tunemap.training.launch import KEEP_FREED_MEMORY
+
+HERE = Path(__file__).resolve().parent
+
+OWN, RECOMMENDED = "tunemap", "tunemap, recommended"
+PEFT_URL = "https://github.com/huggingface/peft"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A script of benchmarks/contestants, the environment it runs in (None: ours), whether its labels are the same.
+
+    arguments: more words for its command line.
+    """
+
+    script: str
+    requirements: tuple[str, ...] | None = None
+    same_labels: bool = True
+    arguments: tuple[str, ...] = ()
+
+
+CONTESTANTS = {
+    OWN: Contestant("tunemap_loop.py", arguments=("run.json",)),
+    RECOMMENDED: Contestant("tunemap_loop.py", arguments=("recommended.json",)),
+    "trainer": Contestant("hf_trainer.py"),
+    "trl": Contestant("trl_sft.py", ("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2")),
+    "peft": Contestant("peft_comparison.py", same_labels=False),
+    "optimum-benchmark": Contestant("optimum_bench.py", ("optimum-benchmark==0.6.0", "transformers<5", "peft"), False),
+}
+
+
+def install(environments: Path, names: list[str]) -> None:
+    """Make the environments of the peers that need one, and fetch PEFT's repository for its loop."""
+    for name in names:
+        requirements = CONTESTANTS[name].requirements
+        if requirements is None:
+            continue
+        place = environments / name
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "torch==2.13.0", "numpy", *requirements], check=True)
+    repository = environments / "peft-repository"
+    if "peft" in names and not repository.exists():
+        cloned = subprocess.run(["git", "clone", "--quiet", "--depth=1", PEFT_URL, repository])
+        if cloned.returncode:
+            sys.exit(f"no {PEFT_URL} from here; put a clone of it at {repository}, or leave out peft with --peers")
+
+
+def command_of(name: str, folder: Path, result: Path, environments: Path) -> list[str | Path]:
+    """What starts a contestant on the workload in `folder`."""
+    contestant = CONTESTANTS[name]
+    python = environments / name / "bin" / "python" if contestant.requirements else Path(sys.executable)
+    return [python, HERE / "contestants" / contestant.script, folder, result, *contestant.arguments]
+
+
+def environment_of(name: str, work: Workload, environments: Path, *, everywhere: bool = False) -> dict[str, str]:
+    """The environment in which a contestant runs; `everywhere` gives our launcher's allocator to all."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if work.device == "cpu":
+        quiet["CUDA_VISIBLE_DEVICES"] = ""
+    if name in (OWN, RECOMMENDED) or everywhere:
+        quiet |= KEEP_FREED_MEMORY  # as our launcher starts its workers
+    return os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / "peft-repository")}
+
+
+def race(names: list[str], folder: Path, environments: Path, *, everywhere: bool) -> dict[str, dict[str, Any]]:
+    """Run each contestant once, all in turns: tokens per second by our stopwatch and by their account, and losses."""
+    work = Workload.load(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        started: dict[str, subprocess.Popen[bytes]] = {}
+        waiting = list(names)
+        try:
+            while waiting:
+                for name in waiting:
+                    if name in started:
+                        started[name].send_signal(signal.SIGCONT)
+                    else:
+                        place = Path(scratch) / name
+                        place.mkdir()
+                        known = environment_of(name, work, environments, everywhere=everywhere)
+                        started[name] = _start(
+                            command_of(name, folder, place / "result.json", environments), known, place
+                        )
+                    _until_it_rests(started[name])
+                waiting = [name for name in reversed(waiting) if started[name].returncode is None]
+        finally:
+            for process in started.values():
+                process.kill()
+        return {name: _read(Path(scratch) / name, work) for name in names}
+
+
+def _start(command: list[str | Path], environment: dict[str, str], place: Path) -> subprocess.Popen[bytes]:
+    with (place / "output").open("w") as output:
+        return subprocess.Popen(command, env=environment, cwd=place, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _until_it_rests(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a contestant's turn is over, or its work."""
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    if not os.WIFSTOPPED(status):
+        process.returncode = os.waitstatus_to_exitcode(status)
+
+
+def _read(place: Path, work: Workload) -> dict[str, Any]:
+    """What a contestant left."""
+    result = place / "result.json"
+    if not result.exists():
+        said = (place / "output").read_text()
+        print(said, file=sys.stderr)
+        return {"error": (said.strip().splitlines() or ["no message"])[-1]}
+    known: dict[str, Any] = json.loads(result.read_text())
+    wall_s, cpu_s = np.transpose(known.pop("turns_wall_and_cpu_s")) / work.steps_per_turn
+    return known | {"tokens_per_second": work.tokens_per_step / wall_s.mean(), "wall_s": wall_s, "cpu_s": cpu_s}
+
+
+def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """The names in another order each round."""
+    for turn in range(rounds):
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        yield order if turn % 2 == 0 else order[::-1]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from paired import ratio_of
+from paired import ratio_of, time_left
 from peers import architecture
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -127,6 +127,7 @@ def measure(method: str, device: str, rounds: int) -> list[dict[str, Any]]:
         for name, value, usual in zip(("loss", "gradient norm"), step.take(way), expected, strict=True):
             if abs(float(value) / usual - 1) > ALLOWED:
                 raise SystemExit(f"{method}, {way.name}: {name} {float(value)} is not {usual}: not the same work")
+    start = time.perf_counter()
     seconds = np.zeros((rounds, len(ways), 2))  # by the clock, and of the processor
     for number in range(rounds):
         order = range(len(ways)) if number % 2 == 0 else reversed(range(len(ways)))
@@ -134,7 +135,8 @@ def measure(method: str, device: str, rounds: int) -> list[dict[str, Any]]:
             began = _now(device)
             step.take(ways[index])
             seconds[number, index] = _now(device) - began
-        print(f"{method}, round {number + 1}/{rounds}", end="\r" if number + 1 < rounds else "\n", flush=True)
+        left = time_left(start, number + 1, rounds)
+        print(f"{method}, round {number + 1}/{rounds}, {left} ", end="\r" if number + 1 < rounds else "\n", flush=True)
     peaks = [step.peak_bytes(way) for way in ways]
     return [
         {

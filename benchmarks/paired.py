@@ -38,5 +38,10 @@ def ratio_of(times: np.ndarray) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
+def time_left(began: float, done: int, of: int) -> str:
+    """How long the rest takes at the pace so far; `began` is `time.perf_counter()` at the start."""
+    return f"{(time.perf_counter() - began) / done * (of - done):.0f} s left"
+
+
 def _now() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])

@@ -26,6 +26,7 @@ import math
 import signal
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from contestants.workload import Workload
+from paired import time_left
 from race import CONTESTANTS, OWN, RECOMMENDED, install, orders, race
 from transformers import AutoConfig
 
@@ -199,10 +201,12 @@ def compare(folder: Path, names: list[str], environments: Path, rounds: int, *, 
         print(f"    without rests  {name:18s} {_rate(one)}", flush=True)
     work.save(folder)
     results = [alone] if work.turns == 1 else []
-    for order in orders(names, rounds - len(results)):
+    began, before = time.perf_counter(), len(results)
+    for order in orders(names, rounds - before):
         results.append(race(order, folder, environments, everywhere=everywhere))
         for name in names:
             print(f"    round {len(results)}/{rounds}  {name:18s} {_rate(results[-1][name])}", flush=True)
+        print(f"    {time_left(began, len(results) - before, rounds - before)} for this size and method", flush=True)
     return {name: _summary(name, alone, results) for name in names}
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from paired import time_left
 from rich.console import Console
 from rich.table import Table
 
@@ -207,10 +208,12 @@ def run_all(only: str | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         folders = prepare(root)
+        began = time.perf_counter()
         for number, (name, method, factors) in enumerate(chosen, 1):
             rows.append(compare(name, method, factors, root, folders))
             said = rows[-1].get("reason") or f"{rows[-1]['error']:+.3%}"
-            print(f"{number}/{len(chosen)} {name}: {said}", file=sys.stderr, flush=True)
+            left = time_left(began, number, len(chosen))
+            print(f"{number}/{len(chosen)} {name}: {said}, {left}", file=sys.stderr, flush=True)
     table = Table(title="Peak memory of a step", title_justify="left")
     for column in ("configuration", "predicted", "tracked", "error"):
         table.add_column(column, justify="left" if column == "configuration" else "right")

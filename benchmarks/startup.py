@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants.workload import Workload
+from paired import time_left
 from peers import HERE, SIZES, prepare, ratio_of_rounds
 from race import CONTESTANTS, OWN, RECOMMENDED, command_of, environment_of, orders
 
@@ -88,11 +89,13 @@ def besides_steps(name: str, few: Path, many: Path, environments: Path) -> Cost:
 def costs_in_turns(names: list[str], measure: Callable[[str], Cost], rounds: int) -> dict[str, list[Cost]]:
     """What `measure` says of each name in each round."""
     found: dict[str, list[Cost]] = {name: [] for name in names}
+    began = time.perf_counter()
     for turn, order in enumerate(orders(names, rounds), start=1):
         for name in order:
             found[name].append(measure(name))
             seconds = f"{found[name][-1]['wall_s']:6.2f} s, processor {found[name][-1]['cpu_s']:6.2f} s"
             print(f"  round {turn}/{rounds}  {name:28s} {seconds}", flush=True)
+        print(f"  {time_left(began, turn, rounds)}", flush=True)
     return found
 
 

@@ -18,11 +18,13 @@ import csv
 import json
 import math
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from paired import time_left
 from peers import PRECISIONS, SIZES, Size, architecture
 
 from tunemap import corpora, models
@@ -154,11 +156,14 @@ def measure(run: Run, prepared: Path, device: str) -> dict[str, float]:
 def waterfall(method: str, prepared: Path, device: str, rounds: int, threads: int) -> list[dict[str, Any]]:
     """Every setting, `rounds` times in turn, against the first and against the one before it."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
+    began, done = time.perf_counter(), 0
     for turn in range(rounds):
         names = list(SETTINGS) if turn % 2 == 0 else list(reversed(SETTINGS))
         for name in names:
-            print(f"{method}, round {turn + 1}/{rounds}: {name}", flush=True)
             results[name].append(measure(run_of(SCALES[device], method, threads, SETTINGS[name]), prepared, device))
+            done += 1
+            left = time_left(began, done, rounds * len(names))
+            print(f"{method}, round {turn + 1}/{rounds}: {name}, {left}", flush=True)
     first = next(iter(SETTINGS))
     table, before = [], first
     for name, found in results.items():

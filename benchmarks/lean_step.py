@@ -29,11 +29,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tunemap.data.collate import IGNORED
+from tunemap.cross_entropy import IGNORED, cross_entropy_sum
 from tunemap.measure.environment import environment
 from tunemap.measure.memory import track_live_storage
 from tunemap.methods.lora_layers import fuse_low_rank_sums
-from tunemap.training.cross_entropy import cross_entropy_sum
 from tunemap.training.optimizer import build_optimizer, clip_gradients
 
 STILL = 1e-12  # a learning rate that moves no weight

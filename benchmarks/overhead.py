@@ -37,11 +37,11 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tunemap.config import Factors
+from tunemap.cross_entropy import IGNORED, cross_entropy_sum
 from tunemap.data.batches import batch_schedule
-from tunemap.data.collate import IGNORED, Batch
+from tunemap.data.collate import Batch
 from tunemap.distributed.world import World
 from tunemap.measure.environment import environment
-from tunemap.training.cross_entropy import cross_entropy_sum
 from tunemap.training.heartbeat import Heartbeat
 from tunemap.training.loop import Loop, TrainingState
 from tunemap.training.optimizer import build_optimizer, clip_gradients

@@ -240,12 +240,12 @@ def _values(runs: list[dict[str, Any]], name: str) -> list[Any]:
 def ratio_of_turns(above: list[npt.NDArray[np.float64]], below: list[npt.NDArray[np.float64]]) -> dict[str, float]:
     """Geometric mean over the rounds of the median ratio of turns that followed each other, with its interval."""
     medians = [float(np.median(one / other)) for one, other in zip(above, below, strict=True)]
-    return ratio_of_rounds(medians, [1.0] * len(medians))
+    return mean_of_rounds(medians)
 
 
-def ratio_of_rounds(above: list[float], below: list[float]) -> dict[str, float]:
-    """Geometric mean over the rounds, with its interval."""
-    interval = mean(np.log(above) - np.log(below))
+def mean_of_rounds(ratios: list[float]) -> dict[str, float]:
+    """Geometric mean of a ratio over the rounds, with its interval."""
+    interval = mean(np.log(ratios))
     return {name: math.exp(value) for name, value in asdict(interval).items()}
 
 

@@ -25,12 +25,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
 from contestants.workload import Workload
 from paired import time_left
-from peers import HERE, SIZES, prepare, ratio_of_rounds
+from peers import HERE, SIZES, mean_of_rounds, prepare
 from race import CONTESTANTS, OWN, RECOMMENDED, command_of, environment_of, orders
 
 from tunemap.measure.environment import environment
@@ -107,7 +108,7 @@ def summary(found: dict[str, list[Cost]], reference: str) -> list[dict[str, Any]
             "name": name,
             "wall_s": statistics.median(cost["wall_s"] for cost in costs),
             "cpu_s": statistics.median(cpu_s[name]),
-            "cpu_time_ratio": ratio_of_rounds(cpu_s[name], cpu_s[reference]),
+            "cpu_time_ratio": mean_of_rounds(list(map(truediv, cpu_s[name], cpu_s[reference]))),
             "rounds": len(costs),
         }
         for name, costs in found.items()

@@ -21,9 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tunemap.cross_entropy import IGNORED
 from tunemap.data.tokens import Examples
-
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from tunemap.data.collate import IGNORED, Batch, collate
+from tunemap.cross_entropy import IGNORED
+from tunemap.data.collate import Batch, collate
 from tunemap.data.tokens import Tokens
 from tunemap.errors import UserError
 

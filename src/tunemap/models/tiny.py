@@ -1,4 +1,4 @@
-"""Tiny models, built and pretrained here: a Qwen2 in one to two minutes on two cores, a DistilBERT in 15 seconds.
+"""Tiny models, built and pretrained here: a Qwen2 in a minute or two on two cores, a DistilBERT in 15 seconds.
 
 They read family A of `tunemap.corpora` and are accepted only once they can do what fine-tuning on family B builds on.
 A base that knows its equations but cannot copy operands makes fine-tuning a lottery (full fine-tuning reached 98 %
@@ -41,10 +41,9 @@ from transformers import (
 
 from tunemap import corpora
 from tunemap.config import TinyModel
-from tunemap.data.collate import IGNORED
+from tunemap.cross_entropy import IGNORED, cross_entropy_sum
 from tunemap.errors import UserError
 from tunemap.models.loading import quiet
-from tunemap.training.cross_entropy import cross_entropy_sum
 
 Architecture = Literal["qwen2", "distilbert"]
 

@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, masking_utils
 
 from tunemap.config import AdapterMethod, PeftMethod
-from tunemap.data.collate import IGNORED, Batch
+from tunemap.cross_entropy import IGNORED
+from tunemap.data.collate import Batch
 from tunemap.distributed import strategies
 from tunemap.distributed.world import World
 from tunemap.models.loading import Quantization, empty_model, transformer_blocks

@@ -26,7 +26,7 @@ from tunemap.methods.undisturbed import Batch, model_loss
 from tunemap.models.loading import Quantization, load_model
 from tunemap.run import Run
 from tunemap.training.costs import Costs, closed_form
-from tunemap.training.effects import adapter_layers, expected_trainable, model_gates, sight_gate
+from tunemap.training.effects import adapter_layers, causal_gate, expected_trainable, model_gates
 from tunemap.training.label_logits import LabelLogits
 from tunemap.training.loop import TrainingState
 from tunemap.training.optimizer import optimizer_of
@@ -84,7 +84,7 @@ def assemble(
     model: Any = load(quantization_of(run, precision))
     expected = expected_trainable(model, run)
     with precision.autocast_context(world.device.type):
-        sight = [sight_gate(model)] if run.task_kind == "generation" else []
+        causal = [causal_gate(model)] if run.task_kind == "generation" else []
     adapted = adapt(
         model,
         run.method,
@@ -125,7 +125,7 @@ def assemble(
     shared = spread(trained, run, world, precision)
     optimizer = optimizer_of(unwrap(shared), factors, learning_rate_ratio=adapted.learning_rate_ratio)
     scaler = torch.amp.GradScaler(world.device.type) if precision.scaler else None
-    gates = sight + model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
+    gates = causal + model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
     state = TrainingState(shared, optimizer, scaler)
     return Assembled(state, precision, parameters, blocks, costs, loss_of, adapted.estimation_peak_bytes, gates, facts)
 

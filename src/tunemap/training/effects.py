@@ -80,7 +80,7 @@ def model_gates(model: nn.Module, run: Run, *, expected: int | None, trainable: 
     return results
 
 
-def sight_gate(model: Any) -> GateResult:
+def causal_gate(model: Any) -> GateResult:
     """Gate on where a bare model for generation looks, by one backward pass from the middle of a few tokens.
 
     An exact zero, whatever the kernels: what a causal model masks has no part in its sums.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunemap.cross_entropy import CHUNK_BYTES
 from tunemap.data.collate import Batch
-from tunemap.training.cross_entropy import CHUNK_BYTES
 from tunemap.training.failure import UnsupportedRunError
 
 

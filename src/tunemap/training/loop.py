@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from tunemap.config import Factors
+from tunemap.cross_entropy import IGNORED, cross_entropy_sum
 from tunemap.data.batches import Schedule
-from tunemap.data.collate import IGNORED, Batch
+from tunemap.data.collate import Batch
 from tunemap.distributed.strategies import gradient_sync, unwrap
 from tunemap.distributed.world import World
 from tunemap.measure.clock import StepClock
 from tunemap.measure.memory import LiveStorage, track_live_storage
 from tunemap.methods.peft_types import after_optimizer_step, penalty
-from tunemap.training.cross_entropy import cross_entropy_sum
 from tunemap.training.frugal import BackwardOptimizer
 from tunemap.training.optimizer import LEARNING_RATE_RATIO, clip_gradients
 from tunemap.training.precision import Precision

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from tunemap.cross_entropy import IGNORED
 from tunemap.data.batches import batch_schedule
-from tunemap.data.collate import IGNORED, Batch, collate, collate_packed
+from tunemap.data.collate import Batch, collate, collate_packed
 from tunemap.data.tokens import Examples
 
 PAD = 0

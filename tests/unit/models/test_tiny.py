@@ -43,6 +43,16 @@ def test_pretraining_leaves_the_random_state_and_threads_alone(architecture):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_both_halves_of_a_batch_give_the_gradients_of_its_mean_loss():
+    halved, whole = (tiny._Qwen2Learner(0, tiny.RECIPES["qwen2"]) for _ in range(2))
+    whole.model.load_state_dict(halved.model.state_dict())
+    halved.backward()
+    rows = whole._rows()
+    whole.model(input_ids=rows, labels=rows).loss.backward()
+    for one, other in zip(halved.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_model_below_a_gate_is_refused_with_its_accuracies(tmp_path, monkeypatch):
     monkeypatch.setitem(tiny.RECIPES, "qwen2", _brief("qwen2", steps=2, gate=0.99))
     message = r"tiny qwen2, seed 0: after 2 steps of pretraining equation_accuracy 0.\d+, operand_copy_accuracy 0.\d+"

@@ -81,7 +81,7 @@ def test_a_model_that_sees_what_it_shall_predict_trips(build):
     encoder = BertLMHeadModel(
         BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     )
-    seen = [effects.sight_gate(model) for model in (decoder, encoder)]
+    seen = [effects.causal_gate(model) for model in (decoder, encoder)]
     assert [(gate.passed, gate.fatal) for gate in seen] == [(True, True), (False, True)]
     assert decoder.training
     assert all(parameter.grad is None for parameter in decoder.parameters())
@@ -89,12 +89,12 @@ def test_a_model_that_sees_what_it_shall_predict_trips(build):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_frozen_and_packed_weights_hide_nothing_from_the_gate_on_sight(prepared, attention):
+def test_frozen_and_packed_weights_hide_nothing_from_the_gate_on_causality(prepared, attention):
     model = load_model(
         prepared.model, task_kind="generation", num_labels=None, dtype=torch.bfloat16,
         quantization=Quantization("nf4", True, torch.bfloat16), attention=attention, seed=0, device="cpu",
     )  # fmt: skip
-    assert effects.sight_gate(model.requires_grad_(False)).passed
+    assert effects.causal_gate(model.requires_grad_(False)).passed
 
 
 def test_precision_that_does_not_reach_the_products_trips(build):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tunemap.data.collate import IGNORED, Batch
+from tunemap.cross_entropy import IGNORED
+from tunemap.data.collate import Batch
 from tunemap.training.failure import UnsupportedRunError
 from tunemap.training.label_logits import LabelLogits, chunked_cross_entropy
 from tunemap.training.loop import loss_sum

@@ -2,12 +2,18 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
+from transformers import BertConfig
 
+from tunemap import corpora, models
+from tunemap.config import RandomModel
 from tunemap.gates.validity import gates
 from tunemap.measure import environment
 from tunemap.measure.ceiling import Ceiling, store
+
+from .conftest import run_once
 
 RUN_GATES = {  # those that every trained run must have
     *("labels", "truncation", "disjoint", "trainable_parameters", "quantised_layers", "recomputation", "fsdp_units"),
@@ -113,6 +119,18 @@ def test_two_ranks_agree(train, strategy):
     assert ended.gate("fsdp_units")["message"].startswith("3 FSDP" if strategy == "fsdp" else "0 FSDP")
     assert [record["rank"] for record in ended.outcome["memory_by_rank"]] == [0, 1]
     assert ("replicas" in {gate["gate"] for gate in ended.outcome["gates"]}) == (strategy == "ddp")
+
+
+def test_an_encoder_that_is_trained_to_generate_is_invalid(prepared, tmp_path):
+    shape = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertConfig(**shape, intermediate_size=32, architectures=["BertLMHeadModel"]).save_pretrained(tmp_path / "encoder")
+    corpora.build_arithmetic_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    encoder = RandomModel(source="random", config="encoder", tokenizer="tokenizer")
+    models.prepare(encoder, tmp_path / "model", data_root=tmp_path)
+    ended = run_once(replace(prepared, model=tmp_path / "model"), tmp_path / "run", {"kind": "full"})
+    assert ended.outcome["outcome"] == "invalid"
+    assert "gate causality: gradient of a position's logits with respect to later tokens" in ended.outcome["reason"]
+    assert ended.steps
 
 
 def test_every_gate_name_in_a_result_is_registered(lora):

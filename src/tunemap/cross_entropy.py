@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+IGNORED = -100  # the label of a position that is not learned, as in torch
 CHUNK_BYTES = 64 << 20  # of float32 logits
 
 

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from tunemap.data.collate import IGNORED
+from tunemap.cross_entropy import IGNORED, cross_entropy_sum
 from tunemap.measure.memory import track_live_storage
-from tunemap.training.cross_entropy import cross_entropy_sum
 
 
 def both(logits, labels, factor=1.0):
@@ -41,7 +40,7 @@ def test_loss_and_gradient_are_those_of_torch(rows, rows_per_chunk, classes, spr
     logits = (spread * torch.randn(rows, classes, generator=generator)).to(dtype)
     labels = torch.randint(0, classes, (rows,), generator=generator)
     labels[torch.rand(rows, generator=generator) < 0.3] = IGNORED
-    with mock.patch("tunemap.training.cross_entropy.CHUNK_BYTES", 4 * classes * rows_per_chunk):
+    with mock.patch("tunemap.cross_entropy.CHUNK_BYTES", 4 * classes * rows_per_chunk):
         (loss, gradient), (expected, expected_gradient) = both(logits, labels, factor=0.25)
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
@@ -67,7 +66,7 @@ def peak_bytes_per_logit(loss_of, dtype, rows=64, classes=1000):
 
 @pytest.mark.parametrize(("dtype", "ours", "torchs"), [(torch.float32, 8, 12), (torch.bfloat16, 6, 12)], ids=str)
 def test_logits_and_one_tensor_of_their_size_are_enough(monkeypatch, dtype, ours, torchs):
-    monkeypatch.setattr("tunemap.training.cross_entropy.CHUNK_BYTES", 16_000)  # 4 rows
+    monkeypatch.setattr("tunemap.cross_entropy.CHUNK_BYTES", 16_000)  # 4 rows
     assert peak_bytes_per_logit(lambda logits, labels: cross_entropy_sum(logits, labels, IGNORED), dtype) == ours
     plain = peak_bytes_per_logit(lambda logits, labels: cross_entropy(logits.float(), labels, reduction="sum"), dtype)
     assert plain == torchs

@@ -170,7 +170,7 @@ def prepare(folder: Path, work: Workload) -> None:
     tokenized = tokens.load_tokens(folder / "tokens")
     world = World(0, 1, torch.device("cpu"))
     schedule = schedule_of(run_of(work).factors, tokenized, world)
-    batches = list(micro_batches(tokenized, schedule, world, first_step=0, attention="sdpa"))
+    batches = list(micro_batches(tokenized, schedule, world, first_step=0))
     ids = np.stack([batch.inputs["input_ids"].numpy() for batch in batches])
     assert ids.shape == (work.steps, work.rows, work.length), "a row is shorter than the workload's length"
     ours = np.stack([batch.labels.numpy() for batch in batches])  # the next token at each place

@@ -346,7 +346,8 @@ class Factors(Section):
     batching: Literal["longest", "length_grouped", "fixed_length", "packed"] = _factor(
         "longest",
         "`longest`: pad to the longest of the batch; `length_grouped`: the same with similar lengths together; "
-        "`fixed_length`: pad to max_length; `packed`: several whole examples per row, kept apart by position ids.",
+        "`fixed_length`: pad to max_length; `packed`: several whole examples per row, kept apart by position ids; "
+        "without any padding where attention goes by document: flash_attention_2, and sdpa on a CPU.",
     )
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = _factor(
         "fp32",

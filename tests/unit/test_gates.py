@@ -127,6 +127,7 @@ CASES: dict[str, tuple[Any, Any, bool]] = {
     "optimizer_state": (call({"float32"}, {"float32"}), call({"bfloat16"}, {"float32"}), True),
     "attention": (call(["_flash_attention"], "sdpa"), call(["_flash_attention"], "eager"), True),
     "causality": (call(0.0, 0.3), call(0.2, 0.3), True),
+    "documents_apart": (call(0.0, 0.3), call(0.2, 0.3), True),
     "adapters": (
         call({"peft.tuners.lora.layer.Linear": 196}, {"bfloat16"}, "bfloat16"),
         call({"peft.tuners.lora.layer.Linear": 196}, {"float32"}, "bfloat16"),

@@ -98,7 +98,7 @@ def _capture(arguments: argparse.Namespace) -> None:
     window: Window = TorchWindow(world, trace) if arguments.backend == "torch" else OutsideWindow(world)
     if arguments.backend == "nsys" and world.device.type == "cuda":
         loop.name_phase = torch.cuda.nvtx.range
-    batches = feed(micro_batches(tokens, schedule, world, first_step=0, attention=factors.attention), world.device)
+    batches = feed(micro_batches(tokens, schedule, world, first_step=0), world.device)
     loop.train(state, _starting(window, batches, WARMUP_STEPS * factors.gradient_accumulation))
     window.stop()
     captured = records[WARMUP_STEPS:]

@@ -44,6 +44,7 @@ class Schedule:
     lengths: Integers  # tokens of each example of the dataset
     examples: Integers  # indices into the dataset, in order of training
     row_offsets: Integers  # row i holds examples[row_offsets[i]:row_offsets[i + 1]]
+    one_row: bool  # packed rows of a micro-batch come as one, without any padding
 
     @property
     def global_batch_size(self) -> int:
@@ -81,7 +82,8 @@ class Schedule:
         shape = (self.steps, self.gradient_accumulation, self.world_size)
         if self.batching == "fixed_length":
             return np.full(shape, self.max_length, np.int64)
-        return self.row_lengths.reshape(*shape, self.per_device_batch_size).max(axis=-1)
+        rows = self.row_lengths.reshape(*shape, self.per_device_batch_size)
+        return rows.sum(axis=-1) if self.one_row else rows.max(axis=-1)
 
     @cached_property
     def real_tokens(self) -> Integers:
@@ -91,7 +93,7 @@ class Schedule:
     @cached_property
     def padded_tokens(self) -> Integers:
         """Token slots of each step, padding included, over all ranks."""
-        return self.widths.sum(axis=(1, 2)) * self.per_device_batch_size
+        return self.widths.sum(axis=(1, 2)) * (1 if self.one_row else self.per_device_batch_size)
 
     @cached_property
     def samples(self) -> Integers:
@@ -136,6 +138,7 @@ def batch_schedule(
     seed: int,
     epochs: float | None,
     max_steps: int | None,
+    one_row: bool = False,
 ) -> Schedule:
     """Decide the order of training from the examples' lengths in tokens (none above `max_length`).
 
@@ -183,6 +186,7 @@ def batch_schedule(
         lengths=sizes,
         examples=np.concatenate(order),
         row_offsets=np.concatenate([[0], np.cumsum([len(row) for row in order])]).astype(np.int64),
+        one_row=one_row,
     )
 
 

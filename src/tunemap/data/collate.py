@@ -9,7 +9,8 @@ computes what lies above the diagonal too and repeats keys and values for every 
 positions that it counts by itself; in looking for documents among them it would wait for the device in each step.
 Packed documents are kept apart by `position_ids` that restart at 0. That works only without `attention_mask` and
 with `use_cache=False` (with a cache object, transformers attends across documents without a word); padding behind
-the last document is one more document. flash_attention_2 reads position ids only in batches of one row: `flatten`.
+the last document is one more document. Where attention goes by document (flash_attention_2, and sdpa on a CPU) all of
+them come in one row without padding: `flatten`.
 """
 
 from __future__ import annotations

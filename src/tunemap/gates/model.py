@@ -119,6 +119,22 @@ def causality_gate(reach_forward: float, reach_back: float) -> GateResult:
 
 
 @gate(4)
+def documents_apart_gate(reach_before: float, reach_within: float) -> GateResult:
+    """In packed rows a model looks at no document but the one that it continues.
+
+    `reach_before` and `reach_within` are the largest gradients of a position's logits with respect to the embeddings of
+    the document before its own in the row, and of its own.
+    Prevents: attention or a recurrent state that does not heed positions that begin again, such as OPT's under a mask.
+    Would have stopped: no published number; packed rows then train on answers that follow from other questions.
+    """
+    message = (
+        f"gradient of a position's logits with respect to the document before its own {reach_before:.3g}, to its own "
+        f"{reach_within:.3g}"
+    )
+    return GateResult("documents_apart", reach_before == 0 and reach_within > 0, True, message)
+
+
+@gate(4)
 def adapters_gate(layers: Mapping[str, int], dtypes: Collection[str], asked_dtype: str) -> GateResult:
     """Adapters are layers of peft, one class in the whole model, kept in the dtype that the factor names.
 

@@ -28,7 +28,7 @@ from tunemap.run import Run, digest
 RESULTS = Path("results")
 PLANS = Path("shared") / "plans"  # below the folder of results
 CEILINGS = Path("shared") / "ceilings.json"
-VERSION = 4  # of the accounts: raise it when the same run is accounted for otherwise
+VERSION = 5  # of the accounts: raise it when the same run is accounted for otherwise
 STARTS_FROM_DATA = ("EVA", "LORA_GA", "CORDA")  # types of peft that run the model on training rows first
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 # Factors that neither memory nor work of a step depends on. max_length, batching and steps act through `Data`.

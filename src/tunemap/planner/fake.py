@@ -36,6 +36,7 @@ from tunemap.distributed.world import World
 from tunemap.models.loading import Quantization, empty_model, transformer_blocks
 from tunemap.planner.prediction import BatchShape
 from tunemap.run import Run, TaskKind
+from tunemap.training import packed_attention
 from tunemap.training.precision import PRECISIONS
 
 BLOCK = 64  # weights per scale of a 4-bit layer, and scales per scale of scales: bitsandbytes' own
@@ -239,7 +240,11 @@ def as_in_training(shape: BatchShape) -> Iterator[None]:
         "find_packed_sequence_indices": documents,
         "_ignore_bidirectional_mask_sdpa": unmasked,
     }
-    with mock.patch.multiple(masking_utils, **answers):
+    whole_rows = [shape.width] * shape.rows  # the longest documents that there may be
+    with (
+        mock.patch.multiple(masking_utils, **answers),
+        mock.patch.object(packed_attention, "document_lengths", return_value=whole_rows),
+    ):
         yield
 
 

@@ -40,6 +40,7 @@ from tunemap.training.assemble import LossOf, loss_function, quantization_of, sp
 from tunemap.training.frugal import BackwardOptimizer
 from tunemap.training.loop import Loop, TrainingState
 from tunemap.training.optimizer import optimizer_of
+from tunemap.training.packed_attention import attend_by_document, by_document
 from tunemap.training.precision import DTYPES, PRECISIONS, Precision
 
 CUDA_BLOCK_BYTES = 512  # CUDA's caching allocator rounds every request up to it
@@ -83,6 +84,8 @@ def _account(
             loaded, dequantised = weights_bytes(model), _dequantised_bytes(model)
             counts, gathered = count_parameters(model), _largest_units(model, run, precision)
             loss_of = loss_function(model, run)
+            if by_document(factors, "cuda" if on_gpu else "cpu"):
+                attend_by_document(model)
             shared = _wrapped(model, run, precision)
             optimizer = optimizer_of(unwrap(shared), factors, learning_rate_ratio=ratio)
             state = TrainingState(shared, optimizer, _Scaler("cpu") if precision.scaler else None)

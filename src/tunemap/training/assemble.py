@@ -26,10 +26,11 @@ from tunemap.methods.undisturbed import Batch, model_loss
 from tunemap.models.loading import Quantization, load_model
 from tunemap.run import Run
 from tunemap.training.costs import Costs, closed_form
-from tunemap.training.effects import adapter_layers, causal_gate, expected_trainable, model_gates
+from tunemap.training.effects import adapter_layers, causal_gate, expected_trainable, model_gates, packed_gate
 from tunemap.training.label_logits import LabelLogits
 from tunemap.training.loop import TrainingState
 from tunemap.training.optimizer import optimizer_of
+from tunemap.training.packed_attention import attend_by_document, by_document
 from tunemap.training.precision import DTYPES, PRECISIONS, Precision
 
 LossOf = Callable[[nn.Module, MicroBatch], torch.Tensor]
@@ -84,7 +85,7 @@ def assemble(
     model: Any = load(quantization_of(run, precision))
     expected = expected_trainable(model, run)
     with precision.autocast_context(world.device.type):
-        causal = [causal_gate(model)] if run.task_kind == "generation" else []
+        looking = [causal_gate(model)] if run.task_kind == "generation" else []
     adapted = adapt(
         model,
         run.method,
@@ -119,13 +120,18 @@ def assemble(
         "compute_dtype": str(precision.compute),
         **adapted.facts,
     }
+    if by_document(factors, world.device.type):
+        attend_by_document(model)
+    if factors.batching == "packed":
+        with precision.autocast_context(world.device.type):
+            looking.append(packed_gate(model))
     loss_of = loss_function(model, run)
     if factors.compile:
         _compile(trained)
     shared = spread(trained, run, world, precision)
     optimizer = optimizer_of(unwrap(shared), factors, learning_rate_ratio=adapted.learning_rate_ratio)
     scaler = torch.amp.GradScaler(world.device.type) if precision.scaler else None
-    gates = causal + model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
+    gates = looking + model_gates(unwrap(shared), run, expected=expected, trainable=parameters.trainable)
     state = TrainingState(shared, optimizer, scaler)
     return Assembled(state, precision, parameters, blocks, costs, loss_of, adapted.estimation_peak_bytes, gates, facts)
 

@@ -13,6 +13,7 @@ from tunemap.data.batches import Schedule, batch_schedule
 from tunemap.data.collate import Batch, collate, collate_packed
 from tunemap.data.tokens import Tokens
 from tunemap.distributed.world import World
+from tunemap.training.packed_attention import by_document
 
 PREFETCHED_BATCHES = 4
 
@@ -29,19 +30,17 @@ def schedule_of(factors: Factors, tokens: Tokens, world: World) -> Schedule:
         seed=factors.seed,
         epochs=factors.epochs,
         max_steps=factors.max_steps,
+        one_row=by_document(factors, world.device.type),
     )
 
 
-def micro_batches(
-    tokens: Tokens, schedule: Schedule, world: World, *, first_step: int, attention: str
-) -> Iterator[Batch]:
+def micro_batches(tokens: Tokens, schedule: Schedule, world: World, *, first_step: int) -> Iterator[Batch]:
     """All micro-batches of this rank from `first_step` on, in order, on the host."""
     for step in range(first_step, schedule.steps):
         for index in range(schedule.gradient_accumulation):
             rows = schedule.micro_batch(step, index, world.rank)
             if schedule.batching == "packed":
-                flatten = attention == "flash_attention_2"
-                yield collate_packed(tokens.train, rows, pad_token_id=tokens.pad_token_id, flatten=flatten)
+                yield collate_packed(tokens.train, rows, pad_token_id=tokens.pad_token_id, flatten=schedule.one_row)
             else:
                 width = schedule.max_length if schedule.batching == "fixed_length" else None
                 yield collate(tokens.train, rows, pad_token_id=tokens.pad_token_id, width=width)

@@ -1,11 +1,13 @@
-"""FLOPs of every step of a run in closed form, from the widths and the label tokens of its batches."""
+"""FLOPs of every step of a run in closed form, from the widths, documents and label tokens of its batches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from tunemap.data.batches import Schedule
@@ -13,38 +15,19 @@ from tunemap.data.tokens import Tokens
 from tunemap.measure.flops import StepFlops, model_shape, step_flops, trained_of
 from tunemap.run import Run
 
+KINDS = ("model_flops", "hardware_flops")
+
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of a run's micro-batches.
+    """FLOPs of a run's micro-batches, int64 (steps, gradient_accumulation, world_size)."""
 
-    by_width: of a micro-batch by its width in tokens, with all logits or with none.
-    per_label_token: where only the logits of label tokens are computed, what each of them adds.
-    label_tokens: of each micro-batch, of shape (steps, gradient_accumulation, world_size).
-    """
+    model_flops: NDArray[np.int64]
+    hardware_flops: NDArray[np.int64]
 
-    by_width: dict[int, StepFlops]
-    per_label_token: StepFlops
-    label_tokens: np.ndarray
-
-    def of_rank(self, schedule: Schedule, step: int, rank: int) -> StepFlops:
-        """FLOPs of one step of one rank."""
-        bodies = (self.by_width[width] for width in schedule.widths[step, :, rank].tolist())
-        logits = self.per_label_token.times(int(self.label_tokens[step, :, rank].sum()))
-        return sum(bodies, StepFlops()) + logits
-
-    def per_step(self, schedule: Schedule) -> dict[str, list[int]]:
+    def per_step(self) -> dict[str, list[int]]:
         """Model and hardware FLOPs of each step, over all micro-batches and ranks."""
-        return {
-            name: [int(total) for total in self._of_micro_batches(schedule, name).sum(axis=(1, 2))]
-            for name in ("model_flops", "hardware_flops")
-        }
-
-    def _of_micro_batches(self, schedule: Schedule, name: str) -> np.ndarray:
-        widths, inverse = np.unique(schedule.widths, return_inverse=True)
-        costs = np.array([getattr(self.by_width[int(width)], name) for width in widths], dtype=np.int64)
-        bodies = costs[inverse].reshape(schedule.widths.shape)
-        return np.asarray(bodies + getattr(self.per_label_token, name) * self.label_tokens)
+        return {name: getattr(self, name).sum(axis=(1, 2)).tolist() for name in KINDS}
 
 
 def closed_form(
@@ -60,19 +43,36 @@ def closed_form(
     dropout = getattr(config, "attention_dropout", 0.0) > 0 and device_type == "cpu"
     some_logits = factors.logits == "label_tokens"
 
-    def micro_batch(width: int, logit_rows: int | None) -> StepFlops:
+    def sequences(number: int, width: int, logit_rows: int | None) -> StepFlops:
         return step_flops(
             shape,
             trained,
-            [(factors.per_device_batch_size, width)],
+            [(number, width)],
             logit_rows=logit_rows,
             gradient_checkpointing=factors.gradient_checkpointing,
             fused_attention=factors.attention != "eager" and not dropout,
         )
 
-    widths = [int(width) for width in np.unique(schedule.widths)]
-    return Costs(
-        by_width={width: micro_batch(width, 0 if some_logits else None) for width in widths},
-        per_label_token=micro_batch(0, 1) if some_logits else StepFlops(),
-        label_tokens=schedule.per_micro_batch(tokens.train.label_tokens),
-    )
+    def document(length: int) -> StepFlops:
+        return sequences(1, length, 0 if some_logits else None)
+
+    def padded_rows(width: int) -> StepFlops:
+        return sequences(factors.per_device_batch_size, width, 0 if some_logits else None)
+
+    if schedule.one_row:
+        bodies = {name: schedule.per_micro_batch(of) for name, of in _tabulated(document, schedule.lengths).items()}
+    else:
+        bodies = _tabulated(padded_rows, schedule.widths)
+    logits = sequences(0, 0, 1) if some_logits else StepFlops()  # of a label token
+    labels = schedule.per_micro_batch(tokens.train.label_tokens)
+    return Costs(*(bodies[name] + getattr(logits, name) * labels for name in KINDS))
+
+
+def _tabulated(flops: Callable[[int], StepFlops], sizes: NDArray[np.integer]) -> dict[str, NDArray[np.int64]]:
+    """Both kinds of FLOPs for each of `sizes`, in their shape; each size is computed once."""
+    distinct, inverse = np.unique(sizes, return_inverse=True)
+    found = [flops(int(size)) for size in distinct]
+    return {
+        name: np.array([getattr(one, name) for one in found], dtype=np.int64)[inverse].reshape(sizes.shape)
+        for name in KINDS
+    }

@@ -22,6 +22,7 @@ from tunemap.gates.model import (
     autocast_gate,
     causality_gate,
     compile_gate,
+    documents_apart_gate,
     fsdp_units_gate,
     optimizer_state_gate,
     quantised_layers_gate,
@@ -36,7 +37,7 @@ from tunemap.methods.parameters import count_parameters, linear_shapes, lora_clo
 from tunemap.run import Run
 from tunemap.training.precision import PRECISIONS
 
-_PROBE_TOKENS = 8  # of the sequence on which causality is seen; its middle is looked at
+_PROBE_TOKENS = 8  # of the sequence on which it is seen where a model looks
 _SMALLEST_8BIT_STATE = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in float32 (min_8bit_size)
 
 
@@ -81,10 +82,25 @@ def model_gates(model: nn.Module, run: Run, *, expected: int | None, trainable: 
 
 
 def causal_gate(model: Any) -> GateResult:
-    """Gate on where a bare model for generation looks, by one backward pass from the middle of a few tokens.
+    """Gate on where a model for generation looks, from the middle of a few tokens.
 
     An exact zero, whatever the kernels: what a causal model masks has no part in its sums.
     """
+    middle = _PROBE_TOKENS // 2
+    reach = _reach(model, middle - 1)
+    return causality_gate(reach[middle:].max().item(), reach[:middle].max().item())
+
+
+def packed_gate(model: Any) -> GateResult:
+    """Gate on where a model for generation looks, from the end of two documents in one row."""
+    middle = _PROBE_TOKENS // 2
+    positions = torch.arange(middle, device=model.device).repeat(2)[None]
+    reach = _reach(model, _PROBE_TOKENS - 1, position_ids=positions)
+    return documents_apart_gate(reach[:middle].max().item(), reach[middle:].max().item())
+
+
+def _reach(model: Any, place: int, **inputs: torch.Tensor) -> torch.Tensor:
+    """Largest gradients of the logits at `place` with respect to the embedding of each token, by one backward pass."""
     embedded: list[torch.Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -95,14 +111,12 @@ def causal_gate(model: Any) -> GateResult:
     hook = model.eval().get_input_embeddings().register_forward_hook(keep)
     try:
         ids = torch.arange(_PROBE_TOKENS, device=model.device)[None]
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False, **inputs).logits
     finally:
         hook.remove()
         model.train(was_training)
-    middle = _PROBE_TOKENS // 2
-    (gradient,) = torch.autograd.grad(logits[0, middle - 1].float().square().sum(), embedded)
-    reach = gradient[0].abs().amax(1)
-    return causality_gate(reach[middle:].max().item(), reach[:middle].max().item())
+    (gradient,) = torch.autograd.grad(logits[0, place].float().square().sum(), embedded)
+    return gradient[0].abs().amax(1)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, int]:

@@ -137,7 +137,7 @@ class Observer:
         costs = self._assembled.costs
         if costs is not None and run.factors.attention != "flash_attention_2":  # whose operators have no formula
             watched = self._first_step + int(run.factors.compile)
-            expected = costs.of_rank(self._schedule, watched, self._world.rank).hardware_flops
+            expected = int(costs.hardware_flops[watched, :, self._world.rank].sum())
             results.append(flops_gate(seen.hardware_flops, expected))
         return results
 

@@ -192,7 +192,7 @@ def _train(job: Job, progress: Progress) -> None:
             "facts": assembled.facts | observer.facts(),
             "data_order_hash": schedule.order_hash,
             "steps_planned": schedule.steps,
-            "flops": assembled.costs.per_step(schedule) if assembled.costs else None,
+            "flops": assembled.costs.per_step() if assembled.costs else None,
             "ceiling_flops_per_second": _ceiling(job, assembled, world),
             "energy": observer.energy(ranks),
             "communication": observer.communication_columns(),
@@ -255,7 +255,7 @@ def _run_loop(
         compiling=partial(parts.part, "compile") if factors.compile else nullcontext,
     )
     reset_peaks(world.device)
-    batches = micro_batches(tokens, schedule, world, first_step=first_step, attention=factors.attention)
+    batches = micro_batches(tokens, schedule, world, first_step=first_step)
     try:
         loop.train(state, feed(batches, world.device))
     except NotFiniteError as error:  # gate finite_loss says so; what was measured until here is kept

@@ -199,6 +199,15 @@ def test_packed_rows_hold_whole_examples_within_the_limit() -> None:
     assert (schedule.row_lengths == sizes).all()
 
 
+def test_packed_rows_in_one_row_have_no_padding() -> None:
+    rows, one = (make(batching="packed", one_row=one_row) for one_row in (False, True))
+    assert one.order_hash == rows.order_hash
+    assert (one.padded_tokens == one.real_tokens).all()
+    assert (rows.padded_tokens > rows.real_tokens).any()
+    assert (one.widths == rows.row_lengths.reshape(*rows.widths.shape, 4).sum(axis=-1)).all()
+    assert one.padding_waste_share == 0
+
+
 def test_too_few_rows_say_what_to_change() -> None:
     with pytest.raises(UserError, match=r"7 training rows .* global batch of 8 .*train_rows or a smaller batch"):
         make([5] * 7)

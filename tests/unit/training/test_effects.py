@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, OPTConfig, OPTForCausalLM
 
 from tunemap.distributed.strategies import transformer_blocks
 from tunemap.gates.training import frozen_weights_gate, trained_weights_gate
@@ -13,6 +13,7 @@ from tunemap.models.loading import Quantization, load_model
 from tunemap.training import effects
 from tunemap.training.checksums import changed, digest_of, replica_groups, weight_checksums
 from tunemap.training.optimizer import build_optimizer
+from tunemap.training.packed_attention import attend_by_document
 
 torch.set_num_threads(1)
 IDS = torch.arange(2 * 12).reshape(2, 12)
@@ -95,6 +96,18 @@ def test_frozen_and_packed_weights_hide_nothing_from_the_gate_on_causality(prepa
         quantization=Quantization("nf4", True, torch.bfloat16), attention=attention, seed=0, device="cpu",
     )  # fmt: skip
     assert effects.causal_gate(model.requires_grad_(False)).passed
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_looks_into_the_document_before_trips(build, attention):
+    config = OPTConfig(
+        vocab_size=64, hidden_size=16, word_embed_proj_dim=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    blind_to_positions = OPTForCausalLM._from_config(config, attn_implementation=attention)
+    seen = [effects.packed_gate(model) for model in (build({"kind": "full"})[1], blind_to_positions)]
+    assert [(gate.passed, gate.fatal) for gate in seen] == [(True, True), (False, True)]
+    attend_by_document(blind_to_positions)
+    assert effects.packed_gate(blind_to_positions).passed is (attention == "sdpa")
 
 
 def test_precision_that_does_not_reach_the_products_trips(build):

@@ -41,7 +41,7 @@ def tracked(prepared, run) -> tuple[int, int]:
         write=lambda records: None,
         window_ended=lambda state, loss: None,
     )
-    batches = micro_batches(tokens, schedule, world, first_step=0, attention=run.factors.attention)
+    batches = micro_batches(tokens, schedule, world, first_step=0)
     loop.train(assembled.state, feed(batches, world.device))
     return assembled.state.memory["peak_allocated_bytes"], int(schedule.widths.max())
 
@@ -66,6 +66,15 @@ def test_the_planned_peak_is_the_tracked_one(prepared, make_run, method, factors
     )
     assert planned.peak_bytes == pytest.approx(peak, rel=0.02)
     assert sum(planned.breakdown_bytes.values()) == planned.peak_bytes == max(planned.phase_peak_bytes.values())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_planned_peak_of_packed_rows_is_the_tracked_one(prepared, make_run, attention):
+    run = make_run(METHODS["lora"], batching="packed", attention=attention)
+    peak, width = tracked(prepared, run)
+    batch = BatchShape(1 if attention == "sdpa" else 4, width, padded=False, packed=True)
+    planned = memory.account(run, read_config(prepared.model), batch, num_labels=None, on_gpu=False)
+    assert planned.peak_bytes == pytest.approx(peak, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import io
 from dataclasses import replace
 
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, OPTConfig
 
 from tunemap import corpora, models
 from tunemap.config import RandomModel
@@ -121,16 +121,47 @@ def test_two_ranks_agree(train, strategy):
     assert ("replicas" in {gate["gate"] for gate in ended.outcome["gates"]}) == (strategy == "ddp")
 
 
+def test_packed_rows_are_computed_without_padding_and_attention_across_documents(train):
+    ended = train({"kind": "lora", "rank": 2}, batching="packed", per_device_batch_size=3, max_steps=4)
+    assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
+    assert tripped(ended) == []
+    assert {"documents_apart", "flops", "batches"} <= {gate["gate"] for gate in ended.outcome["gates"]}
+    assert ended.measurements["padding_waste_share"] == 0
+    padded = train(
+        {"kind": "lora", "rank": 2}, batching="packed", attention="eager", per_device_batch_size=3, max_steps=4
+    )
+    assert padded.measurements["padding_waste_share"] > 0
+    losses = [[float(row["loss"]) for row in rows(one)] for one in (ended, padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert tripped(padded) == []
+
+
 def test_an_encoder_that_is_trained_to_generate_is_invalid(prepared, tmp_path):
     shape = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertConfig(**shape, intermediate_size=32, architectures=["BertLMHeadModel"]).save_pretrained(tmp_path / "encoder")
-    corpora.build_arithmetic_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    encoder = RandomModel(source="random", config="encoder", tokenizer="tokenizer")
-    models.prepare(encoder, tmp_path / "model", data_root=tmp_path)
-    ended = run_once(replace(prepared, model=tmp_path / "model"), tmp_path / "run", {"kind": "full"})
+    config = BertConfig(**shape, intermediate_size=32, architectures=["BertLMHeadModel"])
+    ended = run_of_another_model(prepared, tmp_path, config)
     assert ended.outcome["outcome"] == "invalid"
     assert "gate causality: gradient of a position's logits with respect to later tokens" in ended.outcome["reason"]
     assert ended.steps
+
+
+@pytest.mark.parametrize(("attention", "outcome"), [("eager", "invalid"), ("sdpa", "ok")])
+def test_packed_rows_of_a_model_that_does_not_heed_positions_are_invalid(prepared, tmp_path, attention, outcome):
+    """OPT's mask does not; by document, as sdpa attends on a CPU, it needs none."""
+    shape = {"vocab_size": 512, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_hidden_layers": 2}
+    config = OPTConfig(**shape, num_attention_heads=2, architectures=["OPTForCausalLM"])
+    ended = run_of_another_model(prepared, tmp_path, config, batching="packed", attention=attention)
+    assert ended.outcome["outcome"] == outcome
+    assert ended.gate("documents_apart")["passed"] is (outcome == "ok")
+    assert ended.steps
+
+
+def run_of_another_model(prepared, folder, config, **factors):
+    config.save_pretrained(folder / "config")
+    corpora.build_arithmetic_tokenizer().save_pretrained(folder / "tokenizer")
+    model = RandomModel(source="random", config="config", tokenizer="tokenizer")
+    models.prepare(model, folder / "model", data_root=folder)
+    return run_once(replace(prepared, model=folder / "model"), folder / "run", {"kind": "full"}, **factors)
 
 
 def test_every_gate_name_in_a_result_is_registered(lora):

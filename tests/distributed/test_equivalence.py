@@ -32,6 +32,14 @@ def test_logits_of_label_tokens_alone_give_the_same_trajectory(trained, method, 
     assert [gate["passed"] for gate in finished.result["gates"] if gate["gate"] == "flops"] == [True]
 
 
+@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_packed_documents_give_the_same_trajectory_with_and_without_a_mask(trained, strategy, world_size):
+    """By document each rank has its documents in one row; under a mask they are padded rows."""
+    finished = trained("lora", strategy, world_size, batching="packed")
+    assert_same_trajectory(finished, trained("lora", batching="packed", attention="eager"))
+    assert {gate["gate"]: gate["passed"] for gate in finished.result["gates"]}["documents_apart"]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hybrid"])
 def test_every_strategy_runs_on_one_device_as_the_baseline_of_scaling(trained, strategy):
     alone = trained("lora", strategy, 1)

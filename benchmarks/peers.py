@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,7 @@ def main() -> None:
     parser.add_argument(
         "--our-allocator", action="store_true", help="let everybody keep freed memory, as our launcher's workers do"
     )
-    parser.add_argument("--output", type=Path, help="json file to keep the results in")
+    parser.add_argument("--output", type=Path, help="json file to keep the results in, with what it has of other sizes")
     parser.add_argument("--note", help="what a reader of the results must know of their making; kept with them")
     arguments = parser.parse_args()
     names = [OWN, *([RECOMMENDED] if arguments.device in RECOMMENDATIONS else []), *arguments.peers]
@@ -281,7 +282,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     dtypes = {size.dtype for size in sizes.values()}
     ceilings = {dtype: measure_ceiling(arguments.device, dtype).flops_per_s for dtype in dtypes}
-    table = []
+    described = environment(HERE.parent).as_dict()
+    known = {"note": arguments.note, "ceiling_flops_per_s": ceilings, "environment": described}
+    table: list[dict[str, Any]] = []
     for name in arguments.sizes or sizes:
         size = sizes[name]
         for method in arguments.methods:
@@ -290,12 +293,26 @@ def main() -> None:
             work = Workload(name, method, *shape, 1e-4, 16, 32, *machine, turns)
             print(f"{name}, {method}", flush=True)
             table += measure(work, names, arguments, ceilings[size.dtype])
+            if arguments.output:  # at once: the rest takes long, and may not come to its end
+                rows = with_kept_rows(arguments.output, table, described)
+                arguments.output.write_text(json.dumps({"rows": rows} | known, indent=1) + "\n")
     show(table)
-    if arguments.output:
-        described = environment(HERE.parent).as_dict()
-        known = {"note": arguments.note, "ceiling_flops_per_s": ceilings, "environment": described}
-        arguments.output.write_text(json.dumps({"rows": table} | known, indent=1) + "\n")
     return None
+
+
+def with_kept_rows(output: Path, table: list[dict[str, Any]], machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table and, from an earlier output, the sizes and methods that it has not; of the same `machine` only."""
+    if not output.exists():
+        return table
+    earlier = json.loads(output.read_text())
+    before, now = ((one["cpu"]["model"], one["packages"]["torch"]) for one in (earlier["environment"], machine))
+    if before != now:
+        print(f"{output} was measured by {' with torch '.join(before)}: its rows are not kept", file=sys.stderr)
+        return table
+    order = {(size, method): at for at, (size, method) in enumerate(product(chain(*SIZES.values()), ("full", "lora")))}
+    raced = {(row["size"], row["method"]) for row in table}
+    kept = [row for row in earlier["rows"] if (row["size"], row["method"]) not in raced]
+    return sorted([*kept, *table], key=lambda row: order[row["size"], row["method"]])
 
 
 def measure(

@@ -119,8 +119,8 @@ def waterfall(results: Path) -> str:
     introduction = (
         "## Settings that make training faster\n\n"
         "One epoch over the same rows, with lengths spread as in GSM8K; real tokens per second, padding not counted. "
-        "No weight moves, so every setting must have the same loss, and the benchmark fails where it has not "
-        "(`benchmarks/waterfall.py`).\n\n"
+        "Packed rows attend by document and come in one row without padding. No weight moves, so every setting must "
+        "have the same loss, and the benchmark fails where it has not (`benchmarks/waterfall.py`).\n\n"
     )
     return introduction + "\n".join(tables) if tables else ""
 

@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="json file to keep the results in")
+    parser.add_argument("--note", help="what a reader of the results must know of their making; kept with them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder) / "prepared", SCALES[arguments.device])
@@ -220,7 +221,8 @@ def main() -> None:
         print(f"{row['method']:6s} {row['setting']:26s} {rate}  {shown[0]:22s} {shown[1]:22s} {peak}")
     if arguments.output:
         described = environment(Path(__file__).resolve().parents[1]).as_dict()
-        arguments.output.write_text(json.dumps({"rows": table, "environment": described}, indent=1) + "\n")
+        known = {"note": arguments.note, "environment": described}
+        arguments.output.write_text(json.dumps({"rows": table} | known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

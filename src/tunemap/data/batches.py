@@ -148,7 +148,7 @@ def batch_schedule(
 
     `length_grouped` sorts 50 global batches at a time by length and then shuffles the batches, so micro-batches and
     ranks of a step get similar lengths. `packed` fills rows of up to `max_length` tokens with whole examples by
-    best fit decreasing, then shuffles the rows.
+    best fit decreasing, then shuffles the rows; with `one_row` those of a micro-batch come as one, without padding.
 
     Raises `UserError` when the data do not fill one global batch, or when neither `epochs` nor `max_steps` is given.
     """

@@ -43,6 +43,8 @@ def data_of(run: Run, results: Path) -> Data:
         batch = replace(batch, label_tokens=round(share * mean_row * factors.per_device_batch_size))
     step_rows = factors.per_device_batch_size * factors.gradient_accumulation * factors.gpus
     per_row = packed_tokens if factors.batching == "packed" else float(lengths.mean())
+    if batch.rows < factors.per_device_batch_size:  # all of them in one
+        mean = per_row * factors.per_device_batch_size
     return Data(batch, mean, _steps(factors, rows), per_row * step_rows, labels, True)
 
 
@@ -51,7 +53,7 @@ def _without_tokens(run: Run, num_labels: int | None, rows: int | None) -> Data:
     packed = factors.batching == "packed"
     batch = _shape(factors, factors.max_length, padded=not packed)
     steps = _steps(factors, None if packed else rows)
-    return Data(batch, float(factors.max_length), steps, None, num_labels, False)
+    return Data(batch, float(batch.width), steps, None, num_labels, False)
 
 
 def _shape(factors: Factors, width: int, *, padded: bool) -> BatchShape:

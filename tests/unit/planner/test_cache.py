@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 
 from tunemap.config import DatasetConfig, Factors, TinyModel
@@ -106,6 +107,19 @@ def test_a_step_slower_in_every_way_takes_longer_and_costs_more(tmp_path):
     assert fast.step_seconds_high < slow.step_seconds_high
     assert slow.cost_low < slow.cost_high
     assert slow.energy_joules_high > slow.energy_joules_low > 0
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_documents_that_come_in_one_row_are_as_wide_as_all_rows(tmp_path, with_tokens):
+    """A step's time is scaled from the widest row to the mean one: neither may be that of one row among four."""
+    run = make_run(batching="packed", attention="flash_attention_2", precision="bf16", per_device_batch_size=4)
+    if with_tokens:
+        folder = tmp_path / "shared" / "tokens" / run.tokens_key
+        folder.mkdir(parents=True)
+        np.savez(folder / "train.npz", offsets=np.arange(0, 101 * 300, 300), prompt_tokens=np.full(100, 200))
+    data = data_of(run, tmp_path)
+    assert (data.batch.rows, data.tokenised) == (1, with_tokens)
+    assert data.mean_width == data.batch.width == 4 * (300 if with_tokens else 512)
 
 
 def test_what_cannot_be_accounted_for_says_why(tmp_path):

@@ -10,7 +10,7 @@ positions that it counts by itself; in looking for documents among them it would
 Packed documents are kept apart by `position_ids` that restart at 0. That works only without `attention_mask` and
 with `use_cache=False` (with a cache object, transformers attends across documents without a word); padding behind
 the last document is one more document. Where attention goes by document (flash_attention_2, and sdpa on a CPU) all of
-them come in one row without padding: `flatten`.
+them come in one row without padding: `one_row`.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ def collate_packed(
     rows: Sequence[npt.NDArray[np.int64]],
     *,
     pad_token_id: int,
-    flatten: bool = False,
+    one_row: bool = False,
 ) -> Batch:
-    """Several whole examples a row; with `flatten`, all rows become one row without any padding."""
+    """Several whole examples a row; with `one_row`, all rows become one row without any padding."""
     if len(examples) and examples.class_labels[0] >= 0:
         raise ValueError("texts to classify cannot be packed: each needs its own row")
     documents = [[int(index) for index in row] for row in rows]
-    if flatten:
+    if one_row:
         documents = [[index for row in documents for index in row]]
     lengths = [sum(len(examples.sequence(index)) for index in row) for row in documents]
     shape = (len(documents), max(lengths))

@@ -40,7 +40,7 @@ def micro_batches(tokens: Tokens, schedule: Schedule, world: World, *, first_ste
         for index in range(schedule.gradient_accumulation):
             rows = schedule.micro_batch(step, index, world.rank)
             if schedule.batching == "packed":
-                yield collate_packed(tokens.train, rows, pad_token_id=tokens.pad_token_id, flatten=schedule.one_row)
+                yield collate_packed(tokens.train, rows, pad_token_id=tokens.pad_token_id, one_row=schedule.one_row)
             else:
                 width = schedule.max_length if schedule.batching == "fixed_length" else None
                 yield collate(tokens.train, rows, pad_token_id=tokens.pad_token_id, width=width)

@@ -72,11 +72,12 @@ def _attend(
 
     Raises UnsupportedRunError where a layer asks for more, or does not say where documents begin.
     """
-    asked = [name for name in MORE_THAN_ATTENTION if others.get(name) is not None]
-    if asked or position_ids is None or is_causal is False:
+    why_not = [name for name in MORE_THAN_ATTENTION if others.get(name) is not None]
+    why_not += ["not causal"] * (is_causal is False)
+    if why_not or position_ids is None:
         raise UnsupportedRunError(
-            f"{type(module).__name__} cannot attend by document ({', '.join(asked) or 'no positions'}), as packed rows "
-            "do on a CPU with attention sdpa; use attention: eager, or another batching"
+            f"{type(module).__name__} cannot attend by document ({', '.join(why_not) or 'no positions'}), as packed "
+            "rows do on a CPU with attention sdpa; use attention: eager, or another batching"
         )
     batch, _, tokens, _ = query.shape
     lengths = document_lengths(position_ids.expand(batch, -1))

@@ -138,14 +138,14 @@ def test_fixed_width_is_filled_up() -> None:
 
 
 @pytest.mark.parametrize("model", [tiny_qwen2, tiny_llama])
-@pytest.mark.parametrize("flatten", [False, True])
-def test_packed_loss_and_gradients_equal_the_padded_ones(model: Any, flatten: bool) -> None:
+@pytest.mark.parametrize("one_row", [False, True])
+def test_packed_loss_and_gradients_equal_the_padded_ones(model: Any, one_row: bool) -> None:
     examples, network = random_examples(7), model()
     padded = collate(examples, rows(*([i] for i in range(7))), pad_token_id=PAD)
-    packed = collate_packed(examples, rows([0, 1, 2], [3, 4], [5, 6]), pad_token_id=PAD, flatten=flatten)
+    packed = collate_packed(examples, rows([0, 1, 2], [3, 4], [5, 6]), pad_token_id=PAD, one_row=one_row)
     assert padded.label_tokens == packed.label_tokens == examples.label_tokens.sum()
     assert padded.real_tokens == packed.real_tokens
-    if flatten:
+    if one_row:
         assert packed.padded_tokens == packed.real_tokens
     gradients = []
     for batch in (padded, packed):

@@ -107,7 +107,7 @@ def test_a_model_of_chunks_keeps_its_mask():
 
 @pytest.mark.parametrize(
     ("settings", "why"),
-    [({"softcap": 30.0}, "softcap"), ({"position_ids": None}, "no positions"), ({"is_causal": False}, "no positions")],
+    [({"softcap": 30.0}, "softcap"), ({"position_ids": None}, "no positions"), ({"is_causal": False}, "not causal")],
 )
 def test_a_layer_that_asks_for_more_is_refused(settings, why):
     heads = torch.zeros(1, 2, 4, 8)
@@ -144,6 +144,7 @@ def test_a_compiled_block_compiles_once_for_all_documents():
         layer.compile(backend="aot_eager")
     torch.testing.assert_close(step(model)[0], expected)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs
     others = torch.tensor([[*range(10), *range(6)], [*range(3), *range(13)]])
     model(input_ids=IDS, position_ids=others)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -5,16 +5,16 @@ One row of arithmetic, family B (the form of GSM8K; Cobbe et al. 2021, https://a
     {"question": "Tom has 3 apples and buys 4 more. How many apples does Tom have now?",
      "answer": "3 + 4 = <<3+4=7>>7 apples.\\n#### 7", "final": "7"}
 
-Family A holds every skill that family B needs, one at a time and never together: bare equations, the `<<3+4=7>>`
-and `####` notations, and questions *about* word problems. So a base model scores 0 on family B, and a fine-tune
-has to learn how the skills combine rather than arithmetic; that is what lets methods differ within 100 steps.
+Family A holds every skill that family B needs, one at a time: bare equations, the `<<3+4=7>>` and `####` notations,
+and which sum or difference a word problem is about, never with its result. So a base model scores 0 on family B, and a
+fine-tune has to learn how the skills combine rather than arithmetic; that is what lets methods differ within 100 steps.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,12 +80,17 @@ def equation(rng: random.Random) -> Equation:
     return {"first": first, "operator": "-", "second": second, "result": first - second}
 
 
-def _written(e: Equation) -> str:
-    return f"{e['first']} {e['operator']} {e['second']} = {e['result']}"
+def _expression(e: Equation) -> str:
+    return f"{e['first']} {e['operator']} {e['second']}"
 
 
 def _annotated(e: Equation, item: str) -> str:
-    return f"<<{e['first']}{e['operator']}{e['second']}={e['result']}>>{e['result']} {item}."
+    inside = f"{e['first']}{e['operator']}{e['second']}={e['result']}"
+    return f"{_expression(e)} = <<{inside}>>{_counted(e, item)}"
+
+
+def _counted(e: Equation, item: str) -> str:
+    return f"{e['result']} {item}."
 
 
 def word_problem(rng: random.Random) -> WordProblem:
@@ -95,8 +100,7 @@ def word_problem(rng: random.Random) -> WordProblem:
     item = rng.choice(ITEMS)
     template = rng.choice(ADDITION_TEMPLATES if e["operator"] == "+" else SUBTRACTION_TEMPLATES)
     question = template.format(name=name, other=other, item=item, first=e["first"], second=e["second"])
-    left = f"{e['first']} {e['operator']} {e['second']}"
-    answer = f"{left} = {_annotated(e, item)}\n#### {e['result']}"
+    answer = f"{_annotated(e, item)}\n#### {e['result']}"
     return {
         "question": question,
         "answer": answer,
@@ -112,53 +116,51 @@ def chat_prompt(question: str) -> str:
     return f"{MESSAGE_START}user\n{question}{MESSAGE_END}\n{MESSAGE_START}assistant\n"
 
 
-def _chat(question: str, answer: str) -> str:
-    return f"{chat_prompt(question)}{answer}{MESSAGE_END}"
+class Document(NamedTuple):
+    """A text of family A: what is given, and what the model learns to go on with, final <|endoftext|> included."""
+
+    given: str
+    learned: str
 
 
-def pretraining_document(rng: random.Random) -> str:
-    """One text of family A, with its final <|endoftext|>.
+def pretraining_document(rng: random.Random) -> Document:
+    """One text of family A.
 
-    The shares were found by experiment: with rarer "The numbers are ..." the base learns equations but not to copy
-    operands, and fine-tuning becomes a lottery over seeds; without `####` and `<<` their tied, frozen embedding rows
-    stay untrained, and LoRA cannot write them at all.
+    Questions and the operands of bare equations are drawn at random, so there is nothing to learn from them: they are
+    given. What is learned holds every token that an answer of family B is made of; LoRA could not write one whose tied,
+    frozen embedding is untrained. And operands are read into the place and the form in which answers begin: a base that
+    read them into "The numbers are 3 and 4." was perfect at that, and fine-tuning a lottery over its seeds.
     """
     e = equation(rng)
     kind = rng.random()
-    if kind < 0.20:
-        text = _written(e)
-    elif kind < 0.30:
-        text = _annotated(e, rng.choice(ITEMS))
-    elif kind < 0.33:
-        text = "\n".join(f"#### {rng.randint(0, 2 * LARGEST_OPERAND)}" for _ in range(2))
-    elif kind < 0.45:
+    if kind < 0.30:
+        return Document(f"{_expression(e)} =", f" {e['result']}{END_OF_TEXT}")
+    if kind < 0.50:
+        return Document("", _annotated(e, rng.choice(ITEMS)) + END_OF_TEXT)
+    if kind < 0.55:
+        return Document("", f"{_counted(e, rng.choice(ITEMS))}\n#### {e['result']}{END_OF_TEXT}")
+    if kind < 0.65:
         spoken = rng.choice(SPOKEN_OPERATORS[e["operator"]])
-        text = _chat(f"What is {e['first']} {spoken} {e['second']}?", _written(e))
-    else:
-        problem = word_problem(rng)
-        text = _chat(problem["question"], _reading(problem, rng)) if kind < 0.92 else problem["question"]
-    return text + END_OF_TEXT
+        question = f"What is {e['first']} {spoken} {e['second']}?"
+        return _answered(question, f"{_expression(e)} = {e['result']}")
+    problem = word_problem(rng)
+    about = expression_read(problem) if rng.random() < 0.8 else f"This is about {problem['item']}."
+    return _answered(problem["question"], about)
 
 
-def _reading(problem: WordProblem, rng: random.Random) -> str:
-    """A remark about a word problem that copies from it without any arithmetic; two thirds copy the operands."""
-    about = rng.randrange(6)
-    if about == 0:
-        return f"This is about {problem['item']}."
-    if about == 1:
-        return f"This is about {problem['name']}."
-    return f"The numbers are {operands_read(problem)}"
+def _answered(question: str, answer: str) -> Document:
+    return Document(chat_prompt(question), f"{answer}{MESSAGE_END}{END_OF_TEXT}")
 
 
-def operands_read(problem: WordProblem) -> str:
-    """What follows "The numbers are " for this problem."""
-    return f"{problem['equation']['first']} and {problem['equation']['second']}."
+def expression_read(problem: WordProblem) -> str:
+    """What family A says of this problem: the sum or the difference, without its result."""
+    return f"{_expression(problem['equation'])}."
 
 
 def _tokenizer_texts() -> Iterator[str]:
     rng = random.Random(0)  # not the model's seed: every tiny model has the same tokenizer
     for _ in range(TOKENIZER_TEXTS):
-        yield pretraining_document(rng)
+        yield "".join(pretraining_document(rng))
         problem = word_problem(rng)
         yield f"{problem['question']} {problem['answer']}"
 

@@ -2,12 +2,14 @@
 
 import random
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
 
 from tunemap import corpora
 from tunemap.config import TinyModel
+from tunemap.cross_entropy import IGNORED
 from tunemap.errors import UserError
 from tunemap.files import read_json
 from tunemap.models import prepare, tiny
@@ -17,7 +19,7 @@ ARCHITECTURES = ("qwen2", "distilbert")
 
 
 def _brief(architecture: str, steps: int, gate: float) -> tiny.Recipe:
-    return replace(tiny.RECIPES[architecture], most_steps=steps, check_steps=steps, gate=gate)
+    return replace(tiny.RECIPES[architecture], steps=steps, gate=gate)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -47,15 +49,30 @@ def test_both_halves_of_a_batch_give_the_gradients_of_its_mean_loss():
     halved, whole = (tiny._Qwen2Learner(0, tiny.RECIPES["qwen2"]) for _ in range(2))
     whole.model.load_state_dict(halved.model.state_dict())
     halved.backward()
-    rows = whole._rows()
-    whole.model(input_ids=rows, labels=rows).loss.backward()
+    rows, labels = whole._rows()
+    logits = whole.model(input_ids=rows).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).backward()
     for one, other in zip(halved.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_only_what_follows_the_given_part_of_a_document_is_learned():
+    learner, rng = tiny._Qwen2Learner(0, tiny.RECIPES["qwen2"]), random.Random(0)
+    documents = [corpora.pretraining_document(rng) for _ in range(learner.DOCUMENTS)]
+    tokens, labels = zip(*learner._next.result(), strict=True)
+    assert learner.tokenizer.decode(tokens) == "".join(chain.from_iterable(documents))
+    learned = [label for label in labels if label != IGNORED]
+    assert learner.tokenizer.decode(learned) == "".join(document.learned for document in documents)
+    rows, follow = learner._rows()
+    assert rows.flatten().tolist() == list(tokens[: rows.numel()])
+    shifted = torch.tensor(labels[: rows.numel()]).view_as(rows)[:, 1:]
+    assert torch.equal(follow[:, :-1], shifted)
+    assert (follow[:, -1] == IGNORED).all()
+
+
 def test_model_below_a_gate_is_refused_with_its_accuracies(tmp_path, monkeypatch):
     monkeypatch.setitem(tiny.RECIPES, "qwen2", _brief("qwen2", steps=2, gate=0.99))
-    message = r"tiny qwen2, seed 0: after 2 steps of pretraining equation_accuracy 0.\d+, operand_copy_accuracy 0.\d+"
+    message = r"tiny qwen2, seed 0: after 2 steps of pretraining equation_accuracy 0.\d+, reading_accuracy 0.\d+"
     with pytest.raises(UserError, match=message):
         prepare(TinyModel(source="tiny"), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
@@ -63,8 +80,8 @@ def test_model_below_a_gate_is_refused_with_its_accuracies(tmp_path, monkeypatch
 
 def test_one_gate_is_not_enough():
     recipe = tiny.RECIPES["qwen2"]
-    assert not tiny._passed({"equation_accuracy": 1.0, "operand_copy_accuracy": 0.98}, recipe)
-    assert tiny._passed({"equation_accuracy": 0.99, "operand_copy_accuracy": 1.0}, recipe)
+    assert not tiny._passed({"equation_accuracy": 1.0, "reading_accuracy": 0.94}, recipe)
+    assert tiny._passed({"equation_accuracy": 0.95, "reading_accuracy": 1.0}, recipe)
 
 
 def test_progress_is_one_line_a_check_where_there_is_no_terminal(capsys):
@@ -90,7 +107,7 @@ def test_accuracies_are_measured_by_generation():
     learner.model.generate = answer
     accuracies = learner.accuracies()
     assert accuracies["equation_accuracy"] == 1.0
-    assert accuracies["operand_copy_accuracy"] < 0.05
+    assert accuracies["reading_accuracy"] < 0.05
 
 
 # --- the real thing ---
@@ -98,7 +115,7 @@ def test_accuracies_are_measured_by_generation():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The tiny Qwen2 of the default seed; about a minute and a half."""
+    """The tiny Qwen2 of the default seed; about a minute."""
     folder = tmp_path_factory.mktemp("tiny") / "qwen2"
     prepare(TinyModel(source="tiny"), folder)
     return folder
@@ -107,23 +124,22 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 def test_tiny_qwen2_passes_both_gates(base):
     pretraining = read_json(base / "model.json")["pretraining"]
-    assert pretraining["equation_accuracy"] >= 0.99
-    assert pretraining["operand_copy_accuracy"] >= 0.99
-    assert pretraining["steps"] < tiny.RECIPES["qwen2"].most_steps
+    assert pretraining["equation_accuracy"] >= 0.95
+    assert pretraining["reading_accuracy"] >= 0.95
 
 
 @pytest.mark.slow
 def test_fine_tuning_separates_methods(base):
-    """200 steps: the base knows nothing of the task, full fine-tuning all of it, LoRA most, rank 1 little."""
+    """100 steps: the base knows nothing of the task, full fine-tuning, LoRA and QLoRA most of it, rank 1 less."""
     accuracy = {method: _fine_tuned(base, method) for method in ("base", "full", "lora 8", "qlora 8", "lora 1")}
     assert accuracy["base"] == 0
-    assert accuracy["full"] >= 0.97
+    assert accuracy["full"] >= 0.9
     assert accuracy["lora 8"] >= 0.8
     assert accuracy["qlora 8"] >= 0.8
-    assert accuracy["lora 1"] <= accuracy["lora 8"] - 0.2
+    assert accuracy["lora 1"] <= accuracy["lora 8"] - 0.05
 
 
-def _fine_tuned(folder, method: str, steps: int = 200) -> float:
+def _fine_tuned(folder, method: str, steps: int = 100) -> float:
     """Exact-match accuracy on 200 unseen problems after training on 2000 (batch 16, AdamW, linear decay)."""
     from peft import LoraConfig, get_peft_model
 
@@ -146,7 +162,7 @@ def _fine_tuned(folder, method: str, steps: int = 200) -> float:
     tokenizer, rng = load_tokenizer(folder), random.Random(100)
     train = [corpora.word_problem(rng) for _ in range(2000)]
     if method != "base":
-        rate = 1e-3 if method == "full" else 5e-3
+        rate = 2e-3 if method == "full" else 5e-3
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0)
         model.train()

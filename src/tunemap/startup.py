@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch reads it at each use of torch.compile
 
@@ -15,13 +16,14 @@ _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch reads it at each use of torch.comp
 def quick_imports() -> Iterator[None]:
     """Wrap around the first import of torch, transformers and peft; it takes two thirds of the time.
 
-    No garbage is collected meanwhile, and nothing is compiled that a library wants compiled for itself
-    (benchmarks/startup.py measures both).
+    No garbage is collected meanwhile, nothing is compiled that a library wants compiled for itself, and transformers
+    reads its sources once and leaves scipy out (benchmarks/startup.py measures all of it).
     """
     with ExitStack() as stack:
         stack.enter_context(_no_compilation())
         if "torch" not in sys.modules and gc.isenabled():  # where it is, the heap holds other things to collect
             stack.enter_context(_collection_paused())
+        stack.enter_context(_less_of_transformers())
         yield
 
 
@@ -58,3 +60,32 @@ def _no_compilation() -> Iterator[None]:
             del os.environ[_NO_COMPILER]
         else:
             os.environ[_NO_COMPILER] = before
+
+
+@contextmanager
+def _less_of_transformers() -> Iterator[None]:
+    """Transformers without what no run of ours needs, where it has not been imported yet.
+
+    To learn what its models export it reads all 1,700 of their sources when it is imported, and again, since it asks by
+    the name of a file in place of a folder, when the first of them is; it remembers them now. And nothing is detected
+    in images here, for whose losses it imports scipy.optimize, 390 modules.
+    """
+    try:
+        from transformers import utils
+        from transformers.utils import import_utils
+
+        read, scipy_is_there = import_utils.create_import_structure_from_path, utils.is_scipy_available
+    except Exception:  # whoever needs transformers imports it again, and says what is wrong
+        yield
+        return
+    if "transformers.models" in sys.modules:
+        yield
+        return
+    models = Path(import_utils.__file__).parents[1] / "models"
+    asked_for = str(models / "__init__.py")
+    import_utils.create_import_structure_from_path = lambda path: read(models if path == asked_for else path)
+    utils.is_scipy_available = lambda: False
+    try:
+        yield
+    finally:
+        utils.is_scipy_available = scipy_is_there

@@ -1,4 +1,4 @@
-"""The pause of the garbage collector, and of the compiler, while modules are imported."""
+"""What is left out while modules are imported: garbage collection, the compiler, reading sources twice."""
 
 import gc
 import os
@@ -71,3 +71,36 @@ def test_what_the_user_says_of_the_compiler_holds_after_a_failed_import(monkeypa
     with pytest.raises(ImportError), quick_imports():
         raise ImportError("broken bitsandbytes")
     assert os.environ.get("TORCHDYNAMO_DISABLE") == before
+
+
+READS = """
+import os, sys
+opened = []
+sys.addaudithook(lambda event, given: event == "open" and opened.append(str(given[0])))
+from contextlib import nullcontext
+from tunemap.startup import quick_imports
+with quick_imports() if sys.argv[1] == "quick" else nullcontext():
+    from transformers import AutoModelForCausalLM, PreTrainedModel, models
+print(sum(name.endswith(os.path.join("bert", "modeling_bert.py")) for name in opened))
+print(sorted(dir(models)))
+import transformers.loss.loss_utils, transformers.utils
+print("scipy" in sys.modules, transformers.utils.is_scipy_available())
+"""
+
+
+def test_transformers_reads_its_sources_once_and_knows_the_same_of_them_and_leaves_scipy_out():
+    quick, plain = (
+        subprocess.run([sys.executable, "-c", READS, how], capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
+        for how in ("quick", "plain")
+    )
+    assert (quick[0], plain[0]) == ("1", "2")
+    assert quick[1] == plain[1]
+    assert (quick[2], plain[2]) == ("False True", "True True")
+
+
+def test_a_broken_transformers_is_reported_where_it_is_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="transformers"), quick_imports():
+        import transformers  # noqa: F401

@@ -3,6 +3,8 @@
 Each process of an evaluation loads the saved weights and answers its share of the batches, so no strategy reaches it.
 """
 
+import json
+
 import numpy as np
 import pytest
 import ranks

@@ -194,7 +194,7 @@ def _learning_rate(step: int, recipe: Recipe) -> float:
 class _Qwen2Learner(_Learner):
     """Next-token prediction on packed blocks of family A; gates: all equations, and the reading of word problems."""
 
-    BATCH, BLOCK = 24, 128  # rows, tokens per row
+    BATCH, BLOCK = 16, 128  # rows, tokens per row
     DOCUMENTS = 1000  # tokenised at once
     PROBLEMS = 200  # word problems read for their gate
 

@@ -59,7 +59,7 @@ class RandomModel(Section):
 
 
 class TinyModel(Section):
-    """A model built and pretrained here in a minute or two, accepted only with its pretraining accuracies."""
+    """A model built and pretrained here in a minute, accepted only with its pretraining accuracies."""
 
     source: Literal["tiny"]
     architecture: Literal["qwen2", "distilbert"] = Field("qwen2", description="Which tiny model to make.")

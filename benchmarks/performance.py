@@ -189,7 +189,9 @@ def startup(results: Path) -> str:
             (_start(f"{row['method']}: {row['name']}", row) for row in found["runs"]),
             found,
         )
-        + "\nMost of it are imports. torch, transformers and peft, imported by a process that does nothing else:\n\n"
+        + "\nMost of it are imports. torch, transformers and peft, imported by a process that does nothing else; a run "
+        "imports them without garbage collection, without torch's compiler and scipy, and lets transformers read the "
+        "sources of its models once in place of twice (`tunemap.startup`):\n\n"
         + _table(["imports", *head], (_start(row["name"], row) for row in found["imports"]), found)
         + _note(found)
     )

@@ -8,7 +8,8 @@ runs      Each contestant of peers.py trains the smallest workload there twice: 
           through both is what no step would take. Of TuneMap the whole command of the rule `train` is measured, with
           launcher, gates, records, checksums and outcome; the others keep nothing, not even the model.
 imports   torch, transformers and peft, imported plainly, with the garbage collector paused, and in the way of
-          `tunemap.startup.quick_imports`, which leaves torch's compiler out as well.
+          `tunemap.startup.quick_imports`, which leaves torch's compiler and scipy out as well and lets transformers
+          read its models' sources once.
 
 All take turns, in another order each round; ratios are taken within a round. Environments of peers:
 python benchmarks/peers.py --install.
@@ -42,7 +43,7 @@ IMPORT = "import torch, transformers, peft"
 IMPORTS = {
     "plain": IMPORT,
     "without garbage collection": f"import gc; gc.disable(); {IMPORT}",
-    "and without the compiler": f"from tunemap.startup import quick_imports\nwith quick_imports(): {IMPORT}",
+    "as a run does": f"from tunemap.startup import quick_imports\nwith quick_imports(): {IMPORT}",
 }
 Cost = dict[str, float]  # wall_s, cpu_s
 

@@ -5,9 +5,9 @@ One row of arithmetic, family B (the form of GSM8K; Cobbe et al. 2021, https://a
     {"question": "Tom has 3 apples and buys 4 more. How many apples does Tom have now?",
      "answer": "3 + 4 = <<3+4=7>>7 apples.\\n#### 7", "final": "7"}
 
-Family A holds every skill that family B needs, one at a time: bare equations, the `<<3+4=7>>` and `####` notations,
-and which sum or difference a word problem is about, never with its result. So a base model scores 0 on family B, and a
-fine-tune has to learn how the skills combine rather than arithmetic; that is what lets methods differ within 100 steps.
+Family A holds every skill that family B needs, each by itself: bare equations, lines of answers that belong to no
+question, and which sum or difference a word problem is about, never with its result. So a base model scores 0 on family
+B, and a fine-tune has to learn how the skills combine rather than arithmetic; that takes it about 100 steps.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch reads it at each use of torch.comp
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Wrap around the first import of torch, transformers and peft; it takes two thirds of the time.
+    """Wrap around the first import of torch, transformers and peft; it takes half of the time.
 
     No garbage is collected meanwhile, nothing is compiled that a library wants compiled for itself, and transformers
     reads its sources once and leaves scipy out (benchmarks/startup.py measures all of it).

@@ -75,10 +75,10 @@ def _less_of_transformers() -> Iterator[None]:
         from transformers.utils import import_utils
 
         read, scipy_is_there = import_utils.create_import_structure_from_path, utils.is_scipy_available
+        is_new = "transformers.models" not in sys.modules
     except Exception:  # whoever needs transformers imports it again, and says what is wrong
-        yield
-        return
-    if "transformers.models" in sys.modules:
+        is_new = False
+    if not is_new:
         yield
         return
     models = Path(import_utils.__file__).parents[1] / "models"

@@ -100,6 +100,14 @@ def test_transformers_reads_its_sources_once_and_knows_the_same_of_them_and_leav
     assert (quick[2], plain[2]) == ("False True", "True True")
 
 
+def test_nothing_is_patched_where_the_models_are_known_already():
+    from transformers import models, utils  # noqa: F401
+
+    before = utils.is_scipy_available, utils.import_utils.create_import_structure_from_path
+    with quick_imports():
+        assert (utils.is_scipy_available, utils.import_utils.create_import_structure_from_path) == before
+
+
 def test_a_broken_transformers_is_reported_where_it_is_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="transformers"), quick_imports():

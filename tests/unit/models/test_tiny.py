@@ -80,8 +80,8 @@ def test_model_below_a_gate_is_refused_with_its_accuracies(tmp_path, monkeypatch
 
 def test_one_gate_is_not_enough():
     recipe = tiny.RECIPES["qwen2"]
-    assert not tiny._passed({"equation_accuracy": 1.0, "reading_accuracy": 0.94}, recipe)
-    assert tiny._passed({"equation_accuracy": 0.95, "reading_accuracy": 1.0}, recipe)
+    assert not tiny._passed({"equation_accuracy": 1.0, "reading_accuracy": 0.98}, recipe)
+    assert tiny._passed({"equation_accuracy": 0.99, "reading_accuracy": 1.0}, recipe)
 
 
 def test_progress_is_one_line_a_check_where_there_is_no_terminal(capsys):
@@ -124,19 +124,19 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 def test_tiny_qwen2_passes_both_gates(base):
     pretraining = read_json(base / "model.json")["pretraining"]
-    assert pretraining["equation_accuracy"] >= 0.95
-    assert pretraining["reading_accuracy"] >= 0.95
+    assert pretraining["equation_accuracy"] >= 0.99
+    assert pretraining["reading_accuracy"] >= 0.99
 
 
 @pytest.mark.slow
 def test_fine_tuning_separates_methods(base):
-    """100 steps: the base knows nothing of the task, full fine-tuning, LoRA and QLoRA most of it, rank 1 less."""
-    accuracy = {method: _fine_tuned(base, method) for method in ("base", "full", "lora 8", "qlora 8", "lora 1")}
+    """The base knows nothing of the task, 100 steps teach it; after half of them rank 1 is behind rank 8."""
+    accuracy = {method: _fine_tuned(base, method) for method in ("base", "full", "lora 8", "qlora 8")}
     assert accuracy["base"] == 0
-    assert accuracy["full"] >= 0.9
+    assert accuracy["full"] >= 0.97
     assert accuracy["lora 8"] >= 0.8
     assert accuracy["qlora 8"] >= 0.8
-    assert accuracy["lora 1"] <= accuracy["lora 8"] - 0.05
+    assert _fine_tuned(base, "lora 1", steps=50) <= _fine_tuned(base, "lora 8", steps=50) - 0.2
 
 
 def _fine_tuned(folder, method: str, steps: int = 100) -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 PACKAGE = "tunemap"
 PACKAGE_ROOT = Path(__file__).resolve().parent
 MODULE_NAME = re.compile(rf"{PACKAGE}(\.\w+)+")
+MAY_START_A_MODULE = re.compile(rf"[\"']{MODULE_NAME.pattern}[\"']")
 DATA_SUFFIXES = (".yaml", ".j2", ".css", ".js", ".mplstyle", ".txt")
 
 
@@ -24,13 +26,13 @@ def sources(script: Path) -> list[Path]:
     Imports inside functions count. Data files of a folder belong to the modules of that folder.
     """
     seen: set[Path] = set()
-    waiting = [_file_of(name) for name in _imports(script, None)]
+    waiting = [*_imported_files(script, None)]
     while waiting:
         file = waiting.pop()
-        if file is None or file in seen:
+        if file in seen:
             continue
         seen.add(file)
-        waiting += [_file_of(name) for name in _imports(file, _module_of(file))]
+        waiting += _imported_files(file, _module_of(file))
     data = [
         path
         for folder in sorted({file.parent for file in seen})
@@ -55,10 +57,20 @@ def _digest_of(path: Path) -> str:
 
 
 @cache
-def _imports(file: Path, module: str | None) -> tuple[str, ...]:
+def _imported_files(file: Path, module: str | None) -> tuple[Path, ...]:
+    """Files of this package that a file imports by itself."""
+    names = dict.fromkeys(part for name in _imports(file, module) for part in _with_parents(name))
+    return tuple(found for name in names if (found := _file_of(name)) is not None)
+
+
+def _imports(file: Path, module: str | None) -> list[str]:
     """Names of this package that a file imports; `from a import b` counts as both a and a.b."""
+    text = file.read_text(encoding="utf-8")
     names: list[str] = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), filename=str(file))):
+    # Expressions are nine nodes of ten, and each start of Snakemake asks about every file: look at them only where
+    # they may hold a module that is started by its name, as in python -m tunemap.training.worker.
+    tree = ast.parse(text, filename=str(file))
+    for node in ast.walk(tree) if MAY_START_A_MODULE.search(text) else _statements(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -70,9 +82,18 @@ def _imports(file: Path, module: str | None) -> tuple[str, ...]:
                 base = ".".join([*parents, *([base] if base else [])])
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE_NAME.fullmatch(node.value):
-            names.append(node.value)  # a module that is started by name: python -m tunemap.training.worker
-    inside = [name for name in names if name == PACKAGE or name.startswith(f"{PACKAGE}.")]
-    return tuple(dict.fromkeys(part for name in inside for part in _with_parents(name)))
+            names.append(node.value)
+    return [name for name in names if name == PACKAGE or name.startswith(f"{PACKAGE}.")]
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every statement below a node, in no particular order."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            waiting += getattr(node, field, ())
+        yield node
 
 
 def _with_parents(name: str) -> list[str]:

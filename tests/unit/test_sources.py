@@ -1,5 +1,6 @@
 """The source files of a stage: everything that it imports, however it imports it, and the data beside it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def package(tmp_path, monkeypatch):
 
 def found(folder: Path, text: str) -> list[str]:
     script = folder / "script.py"
-    module._imports.cache_clear()
+    module._imported_files.cache_clear()
     script.write_text(text)
     first, *rest = sources(script)
     assert first == script
@@ -44,6 +45,11 @@ def found(folder: Path, text: str) -> list[str]:
         "class C:\n    def f(self):\n        import tunemap.a",
         "if True:\n    import os, tunemap.a",
         "try:\n    import tunemap.a\nexcept ImportError:\n    pass",
+        "try:\n    pass\nexcept ImportError:\n    import tunemap.a",
+        "try:\n    pass\nfinally:\n    import tunemap.a",
+        "for x in y:\n    pass\nelse:\n    import tunemap.a",
+        "match x:\n    case 1:\n        import tunemap.a",
+        "async def f():\n    async with x:\n        import tunemap.a",
         "command = ['python', '-m', 'tunemap.a']",
         "import importlib\nimportlib.import_module('tunemap.a')",
     ],
@@ -114,7 +120,7 @@ def test_the_digest_changes_with_what_is_used_and_with_nothing_else(package, tmp
     script.write_text("import tunemap.a")
 
     def now() -> str:
-        module._imports.cache_clear()
+        module._imported_files.cache_clear()
         module._digest_of.cache_clear()
         return module.digest(script)
 
@@ -139,10 +145,20 @@ def names(repository: Path, stage: str) -> set[str]:
 def test_the_order_is_fixed(repository):
     script = repository / "workflow/scripts/train_run.py"
     first = sources(script)
-    module._imports.cache_clear()
+    module._imported_files.cache_clear()
     assert sources(script) == first
     assert len(set(first)) == len(first)
     assert all(path.is_file() for path in first)
+
+
+def test_every_file_leads_to_what_a_look_at_all_of_its_text_leads_to(monkeypatch):
+    files = [path for path in sorted(PACKAGE_ROOT.rglob("*.py")) if path.name != "__init__.py"]
+    module._imported_files.cache_clear()
+    quick = [set(module._imported_files(path, module._module_of(path))) for path in files]
+    module._imported_files.cache_clear()
+    monkeypatch.setattr(module, "MAY_START_A_MODULE", re.compile(""))
+    assert [set(module._imported_files(path, module._module_of(path))) for path in files] == quick
+    assert sum(map(len, quick)) > len(files)
 
 
 def test_the_trainer_is_found_though_it_is_started_by_name(repository):

@@ -13,8 +13,6 @@ from tunemap.startup import quick_imports
 @pytest.fixture
 def without_torch(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    yield
-    gc.unfreeze()
 
 
 def test_nothing_is_collected_while_modules_are_imported(without_torch):

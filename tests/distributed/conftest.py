@@ -1,19 +1,15 @@
 """One server of forked ranks and one tiny model for all tests of this folder; runs that several tests look at."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import ranks
+from tests import forked
+from tests.distributed import ranks
 
 
 @pytest.fixture(scope="session")
 def material(repository, tmp_path_factory) -> ranks.Material:
     """A random Qwen2 of two blocks with 64 examples."""
-    ranks.start_server(repository)
+    forked.start_server(repository)
     return ranks.prepare_material(tmp_path_factory.mktemp("material"))
 
 

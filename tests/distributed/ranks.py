@@ -1,4 +1,4 @@
-"""The processes of a run without torchrun: forked from one server that has imported torch and transformers once.
+"""The processes of a run without torchrun, forked as tests/forked tells.
 
 What runs in them is the worker that the launcher starts, with the variables that torchrun would set. A world of
 processes stays from run to run, because what torch does once in a process takes longer than a tiny run. Where a rank
@@ -8,17 +8,18 @@ shall die, its processes are new.
 import faulthandler
 import gc
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import sys
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.forked import fork
 from tunemap.config import DatasetConfig, Factors, RandomModel
 from tunemap.run import Run
 from tunemap.training import steps
@@ -47,13 +48,6 @@ METHODS = {
 LEARNING_RATES = {"full": 3e-3, "gora": 1e-3}  # GoRA's B learns 16 times as fast as its A
 GLOBAL_BATCH = 8
 WAIT_SECONDS = 120
-
-
-def start_server(repository: Path) -> None:
-    """Start the server from which all ranks are forked; it computes nothing, for threads do not survive a fork."""
-    paths = [str(repository / "src"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["preload"])
 
 
 def make_run(
@@ -102,8 +96,7 @@ class Material:
 def prepare_material(folder: Path) -> Material:
     """Make the tiny model and its data, in a process of the server."""
     material = Material(folder / "model", folder / "dataset", folder / "tokens")
-    process = multiprocessing.get_context("forkserver").Process(target=_prepare, args=(folder, material))
-    process.start()
+    process = fork(_prepare, folder, material)
     process.join(WAIT_SECONDS)
     assert process.exitcode == 0
     return material
@@ -189,11 +182,7 @@ def train(
         return Finished(work, weights, _world(run.factors.strategy != "single", world_size).run(arguments, work))
     processes = []
     for rank, environment in enumerate(_environments(world_size)):
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_rank, args=(arguments, environment, work / f"rank{rank}.log", sabotage)
-        )
-        process.start()
-        processes.append(process)
+        processes.append(fork(_rank, arguments, environment, work / f"rank{rank}.log", sabotage))
     for process in processes:
         process.join(WAIT_SECONDS)
         process.kill()
@@ -213,11 +202,10 @@ class _World:
     """Processes that run one worker after the other and stay in one group, as long as none of them fails."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
         self._members = []
         for environment in _environments(world_size):
-            ours, theirs = context.Pipe()
-            context.Process(target=_member, args=(theirs, environment), daemon=True).start()
+            ours, theirs = Pipe()
+            fork(_member, theirs, environment)
             self._members.append(ours)
 
     def run(self, arguments: list[str], work: Path) -> list[int | None]:
@@ -244,9 +232,7 @@ def _world(grouped: bool, world_size: int) -> _World:
 
 def evaluate(runs: list[Run], weights: list[Path], material: Material, destination: Path) -> list[dict[str, Any]]:
     """Evaluate trained runs in one process of the server, each in as many shares as the run has devices."""
-    arguments = ([run.evaluation_spec() for run in runs], weights, material, destination)
-    process = multiprocessing.get_context("forkserver").Process(target=_evaluate, args=arguments)
-    process.start()
+    process = fork(_evaluate, [run.evaluation_spec() for run in runs], weights, material, destination)
     process.join(WAIT_SECONDS)
     assert process.exitcode == 0
     return json.loads(destination.read_text())
@@ -287,7 +273,7 @@ def free_port() -> int:
 def _rank(arguments: list[str], environment: dict[str, int], log: Path, sabotage: dict[str, Any] | None) -> None:
     _set_environment(environment)
     if sabotage:
-        from sabotage import sabotage as spoil
+        from tests.distributed.sabotage import sabotage as spoil
 
         spoil(**sabotage)
     _work(arguments, log)

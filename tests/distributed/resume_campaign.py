@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.record import record, sums_by
+from tests.distributed import ranks
+from tests.forked import start_server
 from tunemap.run import Run
 from tunemap.study import reasons_against
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))  # as the processes that it starts find it
-
-import ranks  # noqa: E402
-
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "resume-cpu.csv"
 LAYOUTS = (("single", 1), ("ddp", 2), ("fsdp", 2), ("hybrid", 4))
 STEPS, CHECKPOINT_STEPS = 6, 2
@@ -154,7 +152,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     rng, started, rows, refused = random.Random(arguments.seed), time.monotonic(), [], {}
-    ranks.start_server(REPOSITORY)
+    start_server(REPOSITORY)
     with tempfile.TemporaryDirectory() as folder, arguments.output.open("w", newline="") as file:
         material = ranks.prepare_material(Path(folder))
         writer = csv.DictWriter(file, list(Row.__dataclass_fields__), lineterminator="\n")

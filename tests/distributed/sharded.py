@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ranks
+from tests.distributed import ranks
 
 STEPS = 2
 PARAMETERS = {"TRAINABLE_TOKENS": {"token_indices": [5, 6]}}

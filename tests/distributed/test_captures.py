@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import ranks
 
+from tests.distributed import ranks
 from tunemap.capture import launch
 from tunemap.capture.extract import extract
 

@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-import ranks
 
+from tests.distributed import ranks
 from tunemap.training.steps import imbalance, summarise_steps
 
 BYTES = 4  # of a number in fp32

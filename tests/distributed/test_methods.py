@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import ranks
 from safetensors.torch import load_file
+
+from tests.distributed import ranks
 
 
 def plan_of(finished):

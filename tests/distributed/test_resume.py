@@ -3,7 +3,8 @@
 import hashlib
 
 import pytest
-import ranks
+
+from tests.distributed import ranks
 
 LAYOUTS = [("single", 1), ("ddp", 2), ("fsdp", 2), ("hybrid", 4)]
 # Dropout shows that each rank's random generator is restored, 8-bit states that those are.

@@ -1,13 +1,12 @@
 """Every method of peft that may be sharded trains over two processes as in one, and saves the same adapter."""
 
 import json
-import multiprocessing
 from typing import Any
 
 import pytest
-import ranks
-import sharded
 
+from tests.distributed import ranks, sharded
+from tests.forked import fork
 from tunemap.methods.sharding import UNSHARDABLE
 
 
@@ -15,10 +14,7 @@ from tunemap.methods.sharding import UNSHARDABLE
 def seen(material, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """By type: losses of each process, alone and sharded, and how far the saved adapters are apart."""
     folder, port = tmp_path_factory.mktemp("sharded"), ranks.free_port()
-    context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=sharded.train_all, args=(rank, port, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    processes = [fork(sharded.train_all, rank, port, folder) for rank in range(2)]
     for process in processes:
         process.join(ranks.WAIT_SECONDS)
         process.kill()

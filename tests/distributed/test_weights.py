@@ -7,8 +7,9 @@ import json
 
 import numpy as np
 import pytest
-import ranks
 from safetensors.numpy import load_file
+
+from tests.distributed import ranks
 
 LAYOUTS = [("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hybrid", 4)]
 

@@ -10,6 +10,7 @@ from tests.workflow.conftest import FULL, STUDY, make_checkout
 from tunemap.training.devices import visible_gpu_count
 
 SLURM_DRY_RUN = ["snakemake", "--dry-run", "--profile", "slurm", "--configfile", "study.yaml"]
+NO_TABLE = {"TUNEMAP_PLANNING": "off"}  # of predictions, which no test here looks at
 NODES = {"strategy": "ddp", "gpus": 8, "nodes": 2, "threads_per_process": 3}
 
 
@@ -24,7 +25,7 @@ def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
     done = subprocess.run(
         SLURM_DRY_RUN,
         cwd=checkout.root,
-        env=checkout.environment(),
+        env=checkout.environment(**NO_TABLE),
         capture_output=True,
         text=True,
     )
@@ -58,8 +59,8 @@ def test_what_auto_is_where_no_gpu_is_seen_depends_on_where_jobs_go(repository, 
     first, *others = STUDY["experiments"]
     study = STUDY | {"hardware": {"device": "auto"}, "experiments": [first | {"inference": True}, *others]}
     checkout = make_checkout(repository, tmp_path / "checkout", study)
-    here = checkout.snakemake("--dry-run", "--cores", "3")
-    environment = checkout.environment()
+    here = checkout.snakemake("--dry-run", "--cores", "3", **NO_TABLE)
+    environment = checkout.environment(**NO_TABLE)
     there = subprocess.run(SLURM_DRY_RUN, cwd=checkout.root, env=environment, capture_output=True, text=True)
     asked_here, asked_there = (requests_of(done.stdout + done.stderr) for done in (here, there))
     for rule in ("train", "capture", "measure_inference"):  # what is timed on this CPU has it to itself

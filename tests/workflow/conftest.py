@@ -18,7 +18,16 @@ from tests.small_study import ARCHITECTURE, STUDY
 from tunemap import corpora
 
 LEFT_BEHIND = shutil.ignore_patterns(
-    ".git", ".venv", "environments", "results", "logs", ".snakemake", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
+    ".git",
+    ".venv",
+    "environments",
+    "results",
+    "logs",
+    ".snakemake",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    "*.egg-info",
 )
 FULL, LORA = "small.arithmetic.full.seed-0", "small.arithmetic.lora.seed-0"
 BASE = "small.arithmetic.base"

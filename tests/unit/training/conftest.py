@@ -4,15 +4,18 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests import forked
 from tunemap import corpora, models
 from tunemap.config import DatasetConfig, Factors, RandomModel
 from tunemap.data import sources
 from tunemap.data.tokens import tokenize
 from tunemap.run import Run
+from tunemap.training import launch as launching
 from tunemap.training.launch import Paths, launch
 
 QWEN2 = {
@@ -147,3 +150,12 @@ def train(prepared, tmp_path):
 def train_once(prepared, tmp_path_factory):
     """Launch a run that the tests of a module share."""
     return partial(run_once, prepared, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def forked_workers(repository):
+    """The launcher forks the worker of a run of one process, for modules that look at what workers compute."""
+    forked.start_server(repository)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "subprocess", SimpleNamespace(Popen=forked.Popen))
+        yield

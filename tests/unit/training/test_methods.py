@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tunemap.evaluate import evaluate_share, load_trained
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 SMALL = {"estimation_batches": 2, "estimation_batch_size": 8}
 GORA = {"kind": "gora", "reference_rank": 4, **SMALL}
 METHODS = {

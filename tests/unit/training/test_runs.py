@@ -15,6 +15,7 @@ from tunemap.measure.ceiling import Ceiling, store
 
 from .conftest import run_once
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 RUN_GATES = {  # those that every trained run must have
     *("labels", "truncation", "disjoint", "trainable_parameters", "quantised_layers", "recomputation", "fsdp_units"),
     *("optimizer_state", "attention", "autocast", "compile", "finite_loss", "gradient_norm", "frozen_weights"),

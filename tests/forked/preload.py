@@ -1,5 +1,7 @@
 """What the server of ranks does once: a worker's imports, and the rules of transformers that take 0.3 s to build."""
 
+import gc
+
 import bitsandbytes  # noqa: F401
 import peft  # noqa: F401
 import torch.distributed.checkpoint.state_dict
@@ -18,3 +20,5 @@ import tunemap.training.weights
 import tunemap.training.worker  # noqa: F401
 
 get_checkpoint_conversion_mapping("qwen2")
+gc.collect()
+gc.freeze()  # as the worker's own imports are: or every collection in every process would walk over all of them

@@ -15,9 +15,10 @@ install: $(INSTALLED) ## make the virtual environment with the locked versions
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
-	@$(BIN)/python -m compileall -q src  # once: with PYTHONDONTWRITEBYTECODE each process would compile it again
+	@# pip compiles on one core; and src too, or with PYTHONDONTWRITEBYTECODE each process would compile it again
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib src || true  # what is meant for other Pythons does not compile
 	@touch $(INSTALLED)
 
 demo: install ## run the default study on this machine's CPU and write its report

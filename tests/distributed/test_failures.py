@@ -22,6 +22,7 @@ from tunemap.training.heartbeat import Heartbeat, Watchdog, read_beats
 
 FAILING_WORKER = Path(__file__).parent / "sabotage.py"
 FAILING_STEP = 3
+OF_SHARED_CORES = {"cpu_share", "wall", "training_time"}  # where ranks share them, seconds may pass between parts
 PROMPT_S = 8.0  # from the failure to the outcome file, on a busy machine; about one on an idle one
 
 
@@ -243,6 +244,10 @@ def test_ranks_that_torchrun_ended_are_no_cause(tmp_path):
 def test_run_that_ends_well_through_torchrun_has_an_outcome_and_leaves_nothing(undisturbed):
     outcome = json.loads(undisturbed.outcome.read_text())
     assert (outcome["outcome"], outcome["measurements"]["steps"]) == ("ok", 6)
+    gates = {gate["gate"]: gate for gate in outcome["gates"]}
+    assert {name for name, gate in gates.items() if not gate["passed"]} <= OF_SHARED_CORES
+    assert gates["fsdp_units"]["message"].startswith("3 FSDP")
+    assert "replicas" not in gates
     assert outcome["measurements"]["communication_bytes_per_step"] > 0
     assert [rank["rank"] for rank in outcome["memory_by_rank"]] == [0, 1]
     assert len(outcome["communication_by_rank"]) == 2

@@ -112,14 +112,14 @@ def test_qlora_holds_its_base_in_4_bits_and_computes_in_16(train):
     assert "Linear4bit" in ended.gate("adapters")["message"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_agree(train, strategy):
-    ended = train({"kind": "lora", "rank": 2}, strategy=strategy, gpus=2, per_device_batch_size=2, max_steps=4)
+def test_two_ranks_agree(train):
+    """With DDP; tests/distributed/test_failures.py looks at FSDP so."""
+    ended = train({"kind": "lora", "rank": 2}, strategy="ddp", gpus=2, per_device_batch_size=2, max_steps=4)
     assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
     assert tripped(ended) == []
-    assert ended.gate("fsdp_units")["message"].startswith("3 FSDP" if strategy == "fsdp" else "0 FSDP")
+    assert ended.gate("fsdp_units")["message"].startswith("0 FSDP")
     assert [record["rank"] for record in ended.outcome["memory_by_rank"]] == [0, 1]
-    assert ("replicas" in {gate["gate"] for gate in ended.outcome["gates"]}) == (strategy == "ddp")
+    assert "replicas" in {gate["gate"] for gate in ended.outcome["gates"]}
 
 
 def test_packed_rows_are_computed_without_padding_and_attention_across_documents(train):

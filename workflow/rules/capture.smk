@@ -11,7 +11,7 @@ rule capture:
         directory("results/{study}/captures/{run}"),
     log:
         "logs/{study}/capture/{run}.log",
-    priority: 1
+    priority: 2
     conda:
         "../../envs/train.yaml"
     threads: run_threads
@@ -71,6 +71,7 @@ rule extract:
         directory("results/{study}/facts/{run}"),
     log:
         "logs/{study}/extract/{run}.log",
+    priority: 1  # as predict
     conda:
         "../../envs/train.yaml"
     params:

@@ -15,6 +15,8 @@ rule predict:
         "results/{study}/predictions.json",
     log:
         "logs/{study}/predict.log",
+    # Beside the evaluations, of which there are many; after the last of them the tables would wait for it alone.
+    priority: 1
     conda:
         "../../envs/train.yaml"
     params:

@@ -14,7 +14,7 @@ rule train:
     log:
         "logs/{study}/train/{run}.log",
     # Timed runs take turns: what waits for its turn goes first, all else uses the cores that a run on GPUs leaves.
-    priority: 1
+    priority: 2
     conda:
         "../../envs/train.yaml"
     threads: run_threads

@@ -111,17 +111,24 @@ def test_exception_of_one_rank_is_named_and_not_its_partners_complaint(launched)
     assert outcome["reason"] == "ValueError: the tokens of this rank are spoiled"
 
 
-def test_killed_rank_is_named_and_the_repeated_run_goes_on_from_its_checkpoint(
-    launched, undisturbed, material, tmp_path, monkeypatch, capfd
-):
-    """What `tunemap retry` does, and then the same as a run that nobody killed."""
-    outcome, seconds = launched("killed", "fsdp", checkpoint_steps=2)
+def assert_killed_rank_is_named(outcome, seconds):
     assert seconds < PROMPT_S
     assert (outcome["outcome"], outcome["rank"], outcome["phase"]) == ("error", 1, "train")
     assert outcome["step"] == FAILING_STEP
     assert outcome["reason"] == (
         "rank 1: the training process was ended by SIGKILL (the system may have run out of memory)"
     )
+
+
+def test_killed_rank_is_named(launched):
+    assert_killed_rank_is_named(*launched("killed"))
+
+
+def test_a_repeated_run_goes_on_from_the_checkpoint_of_the_killed_one(
+    launched, undisturbed, material, tmp_path, monkeypatch, capfd
+):
+    """What `tunemap retry` does, and then the same as a run that nobody killed."""
+    assert_killed_rank_is_named(*launched("killed", "fsdp", checkpoint_steps=2))
     assert "`tunemap retry STUDY.yaml` says to repeat it, from its checkpoint" in capfd.readouterr().out
     monkeypatch.undo()
     paths, run = paths_in(tmp_path, material), ranks.make_run("lora", "fsdp", 2, checkpoint_steps=2)

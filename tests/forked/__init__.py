@@ -30,25 +30,26 @@ def fork(target: Any, *arguments: Any) -> BaseProcess:
     return process
 
 
-class Popen:
-    """What the launcher needs of `subprocess.Popen`, for a run of one process; several are left to torchrun."""
+def popen(command: list[str], *, env: dict[str, str], start_new_session: bool) -> Any:
+    """`subprocess.Popen` as the launcher calls it; a run of one process is forked, several are left to torchrun."""
+    if command[1:3] == WORKER and start_new_session:
+        return _Forked(command[3:], env)
+    return subprocess.Popen(command, env=env, start_new_session=start_new_session)
 
-    def __new__(cls, command: list[str], **options: Any) -> Any:
-        return super().__new__(cls) if command[1:3] == WORKER else subprocess.Popen(command, **options)
 
-    def __init__(self, command: list[str], *, env: dict[str, str], start_new_session: bool) -> None:
-        assert start_new_session
-        self._process = fork(_work, command[3:], env)
+class _Forked:
+    """What the launcher needs of a `subprocess.Popen`."""
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self._process = fork(_work, arguments, environment)
+        self.pid = self._process.pid
 
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self.returncode
 
     def wait(self) -> int | None:
         self._process.join()

@@ -1,4 +1,4 @@
-"""What the server of ranks does once: a worker's imports, and the rules of transformers that take 0.3 s to build."""
+"""What the server does once: a worker's imports, and the rules of transformers that take 0.3 s to build."""
 
 import gc
 

@@ -80,17 +80,12 @@ def open_and_note(file, *given, **options):
 builtins.open = open_and_note
 from contextlib import nullcontext
 from tunemap.startup import quick_imports
-quick = sys.argv[1] == "quick"
-with quick_imports() if quick else nullcontext():
-    from transformers import models
-    models.llama.LlamaConfig
-    if quick:
-        from transformers import PreTrainedModel
+with quick_imports() if sys.argv[1] == "quick" else nullcontext():
+    from transformers import AutoModelForCausalLM, PreTrainedModel, models
 print(sum(name.endswith(os.path.join("bert", "modeling_bert.py")) for name in opened))
 print(sorted(dir(models)))
-if quick:
-    import transformers.loss.loss_utils, transformers.utils
-    print("scipy" in sys.modules, transformers.utils.is_scipy_available())
+import transformers.loss.loss_utils, transformers.utils
+print("scipy" in sys.modules, transformers.utils.is_scipy_available())
 """
 
 
@@ -103,7 +98,7 @@ def test_transformers_reads_its_sources_once_and_knows_the_same_of_them_and_leav
     )
     assert (quick[0], plain[0]) == ("1", "2")
     assert quick[1] == plain[1]
-    assert quick[2] == "False True"
+    assert (quick[2], plain[2]) == ("False True", "True True")
 
 
 def test_nothing_is_patched_where_the_models_are_known_already():

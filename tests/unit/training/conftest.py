@@ -157,5 +157,5 @@ def forked_workers(repository):
     """The launcher forks the worker of a run of one process, for modules that look at what workers compute."""
     forked.start_server(repository)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launching, "subprocess", SimpleNamespace(Popen=forked.Popen))
+        patch.setattr(launching, "subprocess", SimpleNamespace(Popen=forked.popen))
         yield

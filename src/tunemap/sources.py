@@ -2,18 +2,22 @@
 
 A stage of the workflow has their digest among its parameters, so that editing the trainer retrains and editing the
 report does not. Found by reading import statements, without importing anything.
+
+A workflow reads them once. Its jobs, each of which parses the workflow anew on a cluster, are told what it found.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from functools import cache
 from pathlib import Path
 
 PACKAGE = "tunemap"
+VARIABLE = "TUNEMAP_SOURCE_DIGESTS"  # by script, from a workflow to what it spawns
 PACKAGE_ROOT = Path(__file__).resolve().parent
 MODULE_NAME = re.compile(rf"{PACKAGE}(\.\w+)+")
 MAY_START_A_MODULE = re.compile(rf"[\"']{MODULE_NAME.pattern}[\"']")
@@ -49,6 +53,15 @@ def digest(script: Path) -> str:
         name = path.relative_to(PACKAGE_ROOT) if path.is_relative_to(PACKAGE_ROOT) else path.name
         found.update(f"{name}\0{_digest_of(path)}\0".encode())
     return found.hexdigest()
+
+
+def planned_digest(script: Path, environment: MutableMapping[str, str]) -> str:
+    """`digest(script)` when the workflow was planned, which is remembered in `environment` for spawned jobs."""
+    known = json.loads(environment.get(VARIABLE, "{}"))
+    if script.name not in known:
+        known[script.name] = digest(script)
+        environment[VARIABLE] = json.dumps(known)
+    return str(known[script.name])
 
 
 @cache

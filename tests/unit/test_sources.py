@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tunemap import sources as module
-from tunemap.sources import PACKAGE_ROOT, sources
+from tunemap.sources import PACKAGE_ROOT, planned_digest, sources
 
 
 @pytest.fixture
@@ -132,6 +132,19 @@ def test_the_digest_changes_with_what_is_used_and_with_nothing_else(package, tmp
     edited = now()
     script.write_text("import tunemap.b")
     assert len({first, edited, now()}) == 3
+
+
+def test_jobs_are_told_what_their_workflow_found(package, tmp_path, monkeypatch):
+    package(a="")
+    scripts = [tmp_path / name for name in ("train.py", "evaluate.py")]
+    for script in scripts:
+        script.write_text("import tunemap.a")
+    environment: dict[str, str] = {}
+    planned = [planned_digest(script, environment) for script in scripts]
+    assert planned == [module.digest(script) for script in scripts]
+    in_a_job = dict(environment)
+    monkeypatch.setattr(module, "sources", lambda script: pytest.fail("read again"))
+    assert [planned_digest(script, in_a_job) for script in scripts] == planned
 
 
 # --- the package itself -----------------------------------------------------------------------------------

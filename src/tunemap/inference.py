@@ -14,6 +14,7 @@ A form is `base` (the model before fine-tuning), `full` (all weights trained), `
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +53,8 @@ def measure_to_file(
         result |= {"outcome": "skipped", "reason": f"the training ended with outcome {trained['outcome']}"}
     else:
         with lease_devices(device, 1) as devices:
+            if devices.kind == "cuda":
+                os.environ |= devices.environment  # torch has not asked for a device yet
             torch.set_num_threads(run.factors.threads_per_process)
             loaded = load_tokens(tokens)
             for form, load in _forms(run, model, weights, loaded, devices.kind):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
@@ -77,11 +78,30 @@ def test_lock_files_serve_every_user(workstation):
         assert visible(held) == "0"
 
 
-def test_devices_that_the_scheduler_gave_are_used_without_a_lease(workstation, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,GPU-8a")
-    with lease_devices("cuda", 2) as first, lease_devices("cuda", 2) as second:
-        assert visible(first) == visible(second) == "5,7"
-    assert not workstation.exists()
+def test_devices_that_were_given_are_leased_among_those_who_have_them(workstation, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7,GPU-8a")
+    with lease_devices("cuda", 2) as first, lease_devices("cuda", 1) as second:
+        assert [visible(held) for held in (first, second)] == ["5,7", "GPU-8a"]
+        assert "CUDA_DEVICE_ORDER" not in first.environment
+        late = threading.Thread(target=lambda: lease_devices("cuda", 3).__enter__())
+        late.start()
+        late.join(0.1)
+        assert late.is_alive()
+    late.join(10)
+    assert not late.is_alive()
+    assert capsys.readouterr().out == "waiting for 3 of 3 GPUs: other runs hold 3\n"
+
+
+def test_a_device_is_one_whatever_it_is_called(workstation, monkeypatch):
+    monkeypatch.setattr(devices, "nvml", lambda: nullcontext("driver"))
+    monkeypatch.setattr(devices, "visible_gpu_count", lambda: 2)
+    monkeypatch.setattr(devices, "visible_handles", lambda driver: ["GPU-a", "GPU-b"])
+    monkeypatch.setattr(devices, "ask", lambda driver, question, handle: handle)
+    with lease_devices("cuda", 1) as by_index:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")  # as another process may call the same two
+        with lease_devices("cuda", 1) as by_name:
+            assert (visible(by_index), visible(by_name)) == ("0", "5")
+            assert sorted(path.name for path in workstation.iterdir()) == ["GPU-a.lock", "GPU-b.lock"]
 
 
 @pytest.mark.parametrize(("given", "shown"), [(None, 4), ("0,1", 2)])

@@ -1,6 +1,8 @@
 """Inference of finished runs: forms, latencies, and that merging changes the cost and not the answer."""
 
 import json
+import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tunemap.collect import collect
 from tunemap.config import FullMethod, LoraMethod
 from tunemap.report.extras import inference_row
 from tunemap.report.formats import records
+from tunemap.training.devices import Devices
 
 
 def test_latencies_are_summarised():
@@ -64,6 +67,23 @@ def test_each_method_has_its_forms(method, forms, tmp_path):
     run = make().model_copy(update={"method": method})
     tokens = type("T", (), {"label_names": ()})()
     assert [form for form, _ in inference._forms(run, tmp_path, tmp_path, tokens, "cpu")] == forms
+
+
+def test_the_leased_device_is_the_one_that_is_measured(monkeypatch, tmp_path):
+    from tests.unit.test_run import make
+
+    run = make()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    leased = Devices("cuda", {"CUDA_VISIBLE_DEVICES": "1"})
+    monkeypatch.setattr(inference, "lease_devices", lambda *_: nullcontext(leased))
+    monkeypatch.setattr(inference, "load_tokens", lambda _: None)
+    monkeypatch.setattr(inference, "_forms", lambda *_: [(os.environ["CUDA_VISIBLE_DEVICES"], None)])
+    monkeypatch.setattr(inference, "_measured", lambda *_: {})
+    (tmp_path / "outcome.json").write_text(json.dumps({"digest": run.training_digest, "outcome": "ok"}))
+    folders = dict.fromkeys(("model", "tokens", "weights"), tmp_path)
+    output = tmp_path / "inference.json"
+    inference.measure_to_file(run, device="auto", outcome=tmp_path / "outcome.json", output=output, **folders)
+    assert [form["form"] for form in json.loads(output.read_text())["forms"]] == ["1"]
 
 
 def test_the_table_names_what_is_missing_and_what_was_skipped(tmp_path):

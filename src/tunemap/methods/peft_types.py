@@ -212,8 +212,10 @@ def load_method_state(peft_model: Any, state: Mapping[str, Any]) -> None:
     config = _adalora_config(peft_model)
     if config is None:
         return
+    device = next(peft_model.parameters()).device
     for name in _SENSITIVITIES:
-        setattr(peft_model.base_model.rankallocator, name, dict(state[name]))
+        values = {parameter: value.to(device) for parameter, value in state[name].items()}
+        setattr(peft_model.base_model.rankallocator, name, values)
     config.rank_pattern = state["rank_pattern"]
 
 

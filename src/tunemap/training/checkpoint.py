@@ -33,6 +33,7 @@ from tunemap.files import read_sealed, sha256_of, write_sealed
 from tunemap.methods.peft_types import load_method_state, method_state
 from tunemap.training.finished import CHECKPOINT, OLD_CHECKPOINT
 from tunemap.training.loop import TrainingState
+from tunemap.training.optimizer import is_paged, load_state
 
 NEXT_CHECKPOINT = f"{CHECKPOINT}.next"
 MANIFEST = "manifest.json"
@@ -114,12 +115,13 @@ def _set_aside(checkpoint: Path, broken: str) -> Found:
 
 def restore(folder: Path, state: TrainingState, world: World, manifest: dict[str, Any]) -> None:
     """Bring `state` and the random generators of this rank to where the checkpoint was written."""
-    contents = torch.load(folder / CHECKPOINT / f"rank{world.rank}.pt", map_location=world.device, weights_only=True)
+    place = "cpu" if is_paged(state.optimizer) else world.device  # a device may not hold paged states
+    contents = torch.load(folder / CHECKPOINT / f"rank{world.rank}.pt", map_location=place, weights_only=True)
     trained = _trained(state.model)
     with torch.no_grad():
         for name, tensor in contents["trained"].items():
             _local(trained[name]).copy_(tensor)
-    state.optimizer.load_state_dict(contents["optimizer"])
+    load_state(state.optimizer, contents["optimizer"])
     load_method_state(unwrap(state.model), contents["method"])
     if state.scaler is not None:
         state.scaler.load_state_dict(contents["scaler"])

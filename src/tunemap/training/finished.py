@@ -28,10 +28,10 @@ WEIGHTS, STEPS, OUTCOME, KEY, SUMS = "weights", "steps.csv", "outcome.json", "ke
 TIMESTAMP = ".snakemake_timestamp"  # what Snakemake puts into a folder that is an output
 
 
-def key_of(run: Run, inputs: dict[str, Path]) -> dict[str, str]:
-    """What the results depend on: the run, the source of this package, and the contents of the `inputs` files."""
+def key_of(run: Run, inputs: dict[str, Path], *, device: str) -> dict[str, str]:
+    """What the results depend on: run, kind of device, source of this package, and contents of the `inputs` files."""
     contents = {name: sha256_of(path) if path.exists() else "" for name, path in inputs.items()}
-    return {"digest": run.training_digest, "source": package_digest(), **contents}
+    return {"digest": run.training_digest, "device": device, "source": package_digest(), **contents}
 
 
 def start(work: Path) -> Path:

@@ -30,7 +30,7 @@ from tunemap.measure.clock import Moment
 from tunemap.measure.flops import utilisation
 from tunemap.run import Run
 from tunemap.training import finished, parent, steps
-from tunemap.training.devices import Devices, lease_devices
+from tunemap.training.devices import Devices, device_kind, lease_devices
 from tunemap.training.failure import (
     Failure,
     UnsupportedRunError,
@@ -113,7 +113,8 @@ def launch(run: Run, paths: Paths, *, device: str, attempts_left: int = 0) -> in
 def _launch(run: Run, paths: Paths, device: str, attempts_left: int) -> int:
     started_at = datetime.now(UTC)
     started = time.monotonic()
-    key = finished.key_of(run, paths.inputs)
+    kind = device_kind(device) if device == "auto" else device
+    key = finished.key_of(run, paths.inputs, device=kind)
     if (known := finished.hand_over(paths.work, key, **paths.results)) is not None:
         print(f"this run has ended before ({_in_words(known)}); its results were kept and are taken over", flush=True)
         return 0

@@ -71,6 +71,35 @@ def _kind(name: str) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, An
     return classes[name], options
 
 
+def is_paged(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer keeps its states in pages that the driver moves between GPU and host (bitsandbytes)."""
+    inner = optimizer._inner if isinstance(optimizer, LocalShardOptimizer) else optimizer
+    return bool(getattr(inner, "is_paged", False))
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore what `state_dict` gave; the states of a paged optimizer, given on the CPU, get pages again.
+
+    bitsandbytes marks paged states by an attribute that a checkpoint keeps and their memory does not, so that the first
+    step would ask the driver to prefetch ordinary memory, and end the process. Nor would they fit where pages were
+    needed.
+    """
+    if not is_paged(optimizer):
+        optimizer.load_state_dict(state)
+        return
+    optimizer.load_state_dict(state, move_to_device=False)  # type: ignore[call-arg]
+    inner: Any = optimizer._inner if isinstance(optimizer, LocalShardOptimizer) else optimizer
+    for parameter, states in inner.state.items():
+        for name, value in states.items():
+            if name in _MOMENTS:
+                states[name] = inner.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+            elif isinstance(value, torch.Tensor):
+                states[name] = value.to(parameter.device)
+
+
+_MOMENTS = ("state1", "state2")  # what bitsandbytes keeps in pages
+
+
 def clip_gradients(
     parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float | None
 ) -> torch.Tensor:
@@ -124,9 +153,9 @@ class LocalShardOptimizer(torch.optim.Optimizer):
         """State of this rank's shards."""
         return self._inner.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of this rank's shards."""
-        self._inner.load_state_dict(state_dict)
+    def load_state_dict(self, state_dict: dict[str, Any], **options: Any) -> None:
+        """Restore the state of this rank's shards; options are the inner optimizer's."""
+        self._inner.load_state_dict(state_dict, **options)
         self.state = self._inner.state
 
 

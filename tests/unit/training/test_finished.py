@@ -91,11 +91,12 @@ def test_recorded_results_are_forgotten_and_the_workflow_keeps_them(kept):
     assert (places["weights"] / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_a_change_of_the_prepared_model_changes_the_key(tmp_path, make_run):
+def test_another_prepared_model_or_kind_of_device_changes_the_key(tmp_path, make_run):
     run, model = make_run({"kind": "full"}), tmp_path / "model.json"
-    first = finished.key_of(run, {"model": model})
+    first = finished.key_of(run, {"model": model}, device="cpu")
+    assert finished.key_of(run, {"model": model}, device="cuda") != first
     model.write_text("{}")
-    assert finished.key_of(run, {"model": model}) != first
+    assert finished.key_of(run, {"model": model}, device="cpu") != first
     assert first["digest"] == run.training_digest
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tunemap.training.optimizer import build_optimizer, clip_gradients
+from tunemap.training.optimizer import build_optimizer, clip_gradients, load_state
 
 LIMITS = [None, 0.01, 1e6]
 
@@ -68,3 +68,34 @@ def test_no_pass_over_the_gradients_is_made_for_adamw():
     norm = clip_gradients(list(model.parameters()), optimizer, 0.1)
     assert torch.equal(model.weight.grad, before)
     assert float(optimizer.grad_scale) == pytest.approx(float(norm) / 0.1, rel=1e-4)
+
+
+def stepped(name, weights):
+    """A model of these weights and its optimizer after a step."""
+    layer = nn.Linear(128, 64, bias=False)
+    layer.weight.data.copy_(weights)
+    optimizer = build_optimizer(layer, name=name, learning_rate=1e-2, weight_decay=0.0)
+    layer(torch.ones(1, 128)).square().sum().backward()
+    optimizer.step()
+    return layer, optimizer
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+def test_restored_moments_of_a_paged_optimizer_lie_in_its_pages(name, monkeypatch, tmp_path):
+    weights = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    layer, optimizer = stepped(name, weights)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    again = build_optimizer(layer, name=name, learning_rate=1e-2, weight_decay=0.0)
+    pages = []
+
+    def page(parameter, dtype=torch.float32):
+        pages.append(torch.zeros_like(parameter, dtype=dtype))
+        return pages[-1]
+
+    monkeypatch.setattr(again, "get_state_buffer", page)
+    load_state(again, torch.load(tmp_path / "state.pt", weights_only=True))
+    restored, saved = again.state[layer.weight], optimizer.state[layer.weight]
+    assert [restored["state1"] is pages[0], restored["state2"] is pages[1], len(pages)] == [True, True, 2]
+    assert restored.keys() == saved.keys()
+    assert all(torch.equal(restored[key], saved[key]) for key in saved if isinstance(saved[key], torch.Tensor))

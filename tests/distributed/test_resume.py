@@ -5,6 +5,7 @@ import hashlib
 import pytest
 
 from tests.distributed import ranks
+from tunemap.training import launch
 
 LAYOUTS = [("single", 1), ("ddp", 2), ("fsdp", 2), ("hybrid", 4)]
 # Dropout shows that each rank's random generator is restored, 8-bit states that those are.
@@ -36,6 +37,17 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained, material, tmp
     for column in ("loss", "gradient_norm"):
         assert resumed.column(column) == uninterrupted.column(column)
     assert weights_of(resumed) == weights_of(uninterrupted) != {}
+
+
+def test_a_resumed_run_has_the_times_of_all_its_steps(material, tmp_path):
+    resumed = kill_and_resume(ranks.make_run("full", checkpoint_steps=2), material, tmp_path)
+    own, earlier = resumed.result["parts_s"], resumed.result["earlier_parts_s"]
+    taken = [record.step_time_s + record.data_time_s for record in resumed.records]
+    assert len(taken) == 6
+    assert earlier["training"] > sum(taken[:4])
+    measurements = launch._from_result(resumed.result, [])
+    assert measurements["train_time_s"] == own["training"] + earlier["training"] > sum(taken)
+    assert measurements["wall_time_s"] == pytest.approx(sum(own.values()) + sum(earlier.values()))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 from tunemap.errors import UserError
 from tunemap.files import read_json, write_json
 from tunemap.measure.clock import StepClock
-from tunemap.measure.environment import device_fingerprint
+from tunemap.measure.environment import device_fingerprint, device_name
 
 DTYPES = ("float32", "tfloat32", "bfloat16", "float16")
 
@@ -82,15 +82,19 @@ def load(path: Path, device: Any) -> dict[str, Ceiling]:
     """The ceilings stored for this device, by dtype; empty if the file or the device's entry is not there."""
     if not path.exists():
         return {}
-    stored = read_json(path).get(device_fingerprint(device), {})
-    return {dtype: Ceiling(**entry) for dtype, entry in stored.items()}
+    return {dtype: Ceiling(**entry) for dtype, entry in _of_device(read_json(path), device).items()}
 
 
 def store(path: Path, device: Any, ceiling: Ceiling) -> None:
-    """Keep `ceiling` under this device's fingerprint, beside other devices and dtypes in the same file."""
+    """Keep `ceiling` under this device's fingerprint and name, beside other devices and dtypes in the same file."""
     stored = read_json(path) if path.exists() else {}
-    stored.setdefault(device_fingerprint(device), {})[ceiling.dtype] = asdict(ceiling)
+    known = _of_device(stored, device) | {ceiling.dtype: asdict(ceiling)}
+    stored[device_fingerprint(device)] = {"device": device_name(device), "ceilings": known}
     write_json(path, stored)
+
+
+def _of_device(stored: dict[str, Any], device: Any) -> dict[str, Any]:
+    return stored.get(device_fingerprint(device), {}).get("ceilings", {})
 
 
 STORED = Path("results/shared/ceilings.json")

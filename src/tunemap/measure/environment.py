@@ -257,6 +257,13 @@ def _compute_threads() -> int:
 _CONSTANTS = ("name", "memory_bytes", "power_limit_w", "sm_clock_max_mhz", "memory_clock_max_mhz", "mig")
 
 
+def device_name(device: Any) -> str:
+    """The driver's name of a GPU; `cpu` for a processor."""
+    with nvml() as library:
+        handle = handle_of(library, device) if library else None
+        return gpu_description(library, handle)["name"] if handle is not None else "cpu"
+
+
 def device_fingerprint(device: Any) -> str:
     """A short digest of what decides the speed of one device.
 

@@ -6,6 +6,7 @@ resident-set size is not faithful there, because malloc keeps freed pages (it ca
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -356,6 +357,25 @@ def memory_snapshot(device: Any) -> MemorySnapshot:
         peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
         peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
     )
+
+
+def release_unused(device: Any) -> None:
+    """Give the device back what the allocator keeps of freed tensors: of loading and of a method's estimation."""
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def peaks_until_now(device: Any, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a resumed run must know of its memory: on a CPU what the tracker saw, on a GPU the peaks of all processes.
+
+    earlier: the same of the processes before this one.
+    """
+    snapshot, known = memory_snapshot(device), earlier or {}
+    if snapshot.peak_allocated_bytes is None:
+        return earlier
+    peaks = ("peak_allocated_bytes", "peak_reserved_bytes")
+    return {name: max(getattr(snapshot, name), known.get(name, 0)) for name in peaks}
 
 
 def reset_peaks(device: Any) -> None:

@@ -159,7 +159,7 @@ def _times(run: Run, account: Account, data: Data, target: Target, results: Path
     """Seconds, energy and money, as far as they are known."""
     factors = run.factors
     step = time.step_seconds(
-        account, data, target, threads=factors.threads_per_process, ceilings=measured_ceilings(results)
+        account, data, target, threads=factors.threads_per_process, ceilings=measured_ceilings(results, target)
     )
     if step is None:
         return {}
@@ -183,11 +183,14 @@ def _estimation_batches(run: Run, account: Account) -> int:
     return -(-method.estimation_batches // run.factors.gpus)
 
 
-def measured_ceilings(results: Path) -> dict[str, float]:
-    """Matmul FLOP/s by dtype, where `tunemap ceiling` has measured one device here; empty else."""
+def measured_ceilings(results: Path, target: Target) -> dict[str, float]:
+    """Matmul FLOP/s by dtype, where `tunemap ceiling` has measured one device of the target's kind; empty else."""
     path = results / CEILINGS
-    stored = read_json(path) if path.is_file() else {}
-    if len(stored) != 1:
-        return {}
-    (device_ceilings,) = stored.values()
-    return {dtype: entry["flops_per_s"] for dtype, entry in device_ceilings.items()}
+    stored = read_json(path).values() if path.is_file() else ()
+    found = [entry["ceilings"] for entry in stored if _is_of(entry.get("device"), target)]
+    return {dtype: entry["flops_per_s"] for dtype, entry in found[0].items()} if len(found) == 1 else {}
+
+
+def _is_of(device: str | None, target: Target) -> bool:
+    """Whether a device, by the driver's name or `cpu`, is what is planned for."""
+    return device == target.name or (target.hardware is not None and device in target.hardware.device_names)

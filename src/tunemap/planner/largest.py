@@ -163,9 +163,12 @@ def with_factor(run: Run, factor: str, value: int, **others: Any) -> Run:
 
 
 def confirmed(found: Largest, probe: Callable[[int], Probe]) -> Largest:
-    """Run what the planner found: down from the safe value until one holds, up to the tight one while they hold."""
+    """Run what the planner found: down from the safe value until one holds, up to the tight one while they hold.
+
+    Where nothing is safe, down from the tight one.
+    """
     probes: list[Probe] = []
-    value, held = found.safe, 0
+    value, held = found.safe or found.tight, 0
     while value > 0 and not held:
         probes.append(probe(value))
         held = value if probes[-1].held else 0

@@ -30,6 +30,7 @@ from tunemap.distributed.strategies import unwrap
 from tunemap.distributed.world import World
 from tunemap.errors import UserError
 from tunemap.files import read_sealed, sha256_of, write_sealed
+from tunemap.measure.memory import peaks_until_now
 from tunemap.methods.peft_types import load_method_state, method_state
 from tunemap.training.finished import CHECKPOINT, OLD_CHECKPOINT
 from tunemap.training.loop import TrainingState
@@ -47,8 +48,13 @@ class Found:
     message: str
 
 
-def save(folder: Path, state: TrainingState, world: World, *, digest: str, strategy: str) -> None:
-    """Write a checkpoint of all ranks into `folder`; every rank must call this."""
+def save(
+    folder: Path, state: TrainingState, world: World, *, digest: str, strategy: str, parts_s: dict[str, float]
+) -> None:
+    """Write a checkpoint of all ranks into `folder`; every rank must call this.
+
+    parts_s: seconds of each part of the run until now, of earlier processes too.
+    """
     target = folder / NEXT_CHECKPOINT
     if world.is_main:
         shutil.rmtree(target, ignore_errors=True)
@@ -56,7 +62,7 @@ def save(folder: Path, state: TrainingState, world: World, *, digest: str, strat
     world.barrier()
     path = target / f"rank{world.rank}.pt"
     with path.open("wb") as file:
-        torch.save(_contents(state), file)
+        torch.save(_contents(state, world), file)
         file.flush()
         os.fsync(file.fileno())
     checksums = dict(world.gather((path.name, sha256_of(path))))
@@ -67,6 +73,7 @@ def save(folder: Path, state: TrainingState, world: World, *, digest: str, strat
             "world_size": world.size,
             "step": state.step,
             "elapsed_s": state.elapsed_s,
+            "parts_s": parts_s,
             "sha256": checksums,
         }
         write_sealed(target / MANIFEST, manifest)
@@ -138,7 +145,7 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-def _contents(state: TrainingState) -> dict[str, Any]:
+def _contents(state: TrainingState, world: World) -> dict[str, Any]:
     generators = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
@@ -148,7 +155,7 @@ def _contents(state: TrainingState) -> dict[str, Any]:
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "method": method_state(unwrap(state.model)),
         "random": generators,
-        "memory": state.memory,
+        "memory": peaks_until_now(world.device, state.memory),
     }
 
 

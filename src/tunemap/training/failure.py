@@ -18,7 +18,9 @@ from typing import Any
 from tunemap.errors import UserError
 from tunemap.files import read_json, write_json
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory", re.I)
+_OUT_OF_MEMORY = re.compile(  # of torch, the system, cuBLAS and cuDNN
+    r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory|STATUS_ALLOC_FAILED", re.I
+)
 _STORAGE = re.compile(
     "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)))
     + r"|was set aside as|: move it away and run again|run the workflow to make it"  # what is damaged or gone

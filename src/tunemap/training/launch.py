@@ -453,7 +453,8 @@ def _identities(result: dict[str, Any], measurements: dict[str, Any], ended: End
 def _from_result(result: dict[str, Any], measured: list[int]) -> dict[str, Any]:
     if not result:
         return {}
-    parts = result["parts_s"]
+    earlier = result["earlier_parts_s"]
+    parts = {name: seconds + earlier.get(name, 0.0) for name, seconds in result["parts_s"].items()}
     return {
         **_maximum_over_ranks(result["memory"]),
         **{f"{name}_parameters": count for name, count in result["parameters"].items()},

@@ -44,7 +44,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None
     step: int = 0  # steps finished
     elapsed_s: float = 0.0
-    memory: dict[str, Any] | None = None  # what the tracker saw at its step
+    memory: dict[str, Any] | None = None  # what the tracker saw at its step; on a GPU peaks of earlier processes
 
 
 def named_for_profilers(phase: str) -> AbstractContextManager[Any]:

@@ -31,7 +31,7 @@ from tunemap.gates.training import (
 )
 from tunemap.measure.energy import EnergyWindow
 from tunemap.measure.environment import device_state
-from tunemap.measure.memory import memory_record
+from tunemap.measure.memory import memory_record, peaks_until_now, reset_peaks
 from tunemap.measure.witness import Witness
 from tunemap.run import Run
 from tunemap.training import effects, steps
@@ -62,6 +62,8 @@ class Observer:
         """Watch one step, which is not measured: what it computes, and what it sends."""
         with self.witness.watch(), self.communication:
             yield
+        if self._run.factors.compile:  # a watched step runs uncompiled, with the memory that this takes
+            reset_peaks(self._world.device)
 
     def window_ended(self, step: int) -> None:
         """Open the energy window at the first end of a logging window, when the device has finished its warm-up."""
@@ -75,7 +77,8 @@ class Observer:
         if self._energy is not None:
             self._energy.__exit__(None, None, None)
         record = asdict(memory_record(self._world.device))
-        tracked = {name: value for name, value in (self._assembled.state.memory or {}).items() if name != "peak_phase"}
+        known = peaks_until_now(self._world.device, self._assembled.state.memory) or {}
+        tracked = {name: value for name, value in known.items() if name != "peak_phase"}
         self._memory = record | tracked | {"estimation_peak_bytes": self._assembled.estimation_peak_bytes}
         self._states.append(device_state(self._world.device))
         self._after = weight_checksums(self._assembled.state.model)

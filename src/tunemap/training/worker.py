@@ -168,14 +168,16 @@ def _train(job: Job, progress: Progress) -> None:
         if world.is_main and "gora" in assembled.facts:
             write_json(job.work / PLANNED, assembled.facts["gora"])
         checkpoint.seed_everything(factors.seed, world.rank)
+        earlier_s: dict[str, float] = {}
         if found.manifest is not None:
             checkpoint.restore(job.work, state, world, found.manifest)
+            earlier_s = found.manifest.get("parts_s", {})  # one of an earlier version has none
         if world.is_main:
             print(found.message, flush=True)
         progress.gates += let_through(assembled.gates, run.accept_flaws)
         observer = Observer(run, world, schedule, assembled)
     with progress.during("train"), parts.part("training"):
-        _run_loop(job, progress, parts, world, tokens, schedule, assembled, observer)
+        _run_loop(job, progress, parts, earlier_s, world, tokens, schedule, assembled, observer)
     observer.after_training()
     with progress.during("save"), parts.part("save"):
         from tunemap.training.weights import save_weights
@@ -199,7 +201,7 @@ def _train(job: Job, progress: Progress) -> None:
             "communication_by_rank": [rank["communication"] for rank in ranks],
             "gates": [asdict(gate) for gate in gates],
         }
-        write_json(job.work / RESULT, result | {"parts_s": parts.seconds()})
+        write_json(job.work / RESULT, result | {"parts_s": parts.seconds(), "earlier_parts_s": earlier_s})
     world.barrier()
     leave_world()
 
@@ -208,13 +210,14 @@ def _run_loop(
     job: Job,
     progress: Progress,
     parts: PartsTimer,
+    earlier_s: dict[str, float],
     world: World,
     tokens: Tokens,
     schedule: Schedule,
     assembled: Assembled,
     observer: Any,
 ) -> None:
-    from tunemap.measure.memory import reset_peaks
+    from tunemap.measure.memory import release_unused, reset_peaks
     from tunemap.training import checkpoint, steps
     from tunemap.training.batches import feed, micro_batches
     from tunemap.training.loop import Loop, NotFiniteError, TrainingState
@@ -236,7 +239,9 @@ def _run_loop(
         stopping = (job.work / STOP).exists()
         if state.step < schedule.steps and world.sum(float(due or stopping)) > 0:
             with parts.part("checkpoint"):
-                checkpoint.save(job.work, state, world, digest=job.run.training_digest, strategy=factors.strategy)
+                parts_s = {name: seconds + earlier_s.get(name, 0.0) for name, seconds in parts.seconds().items()}
+                named = {"digest": job.run.training_digest, "strategy": factors.strategy}
+                checkpoint.save(job.work, state, world, **named, parts_s=parts_s)
             saved_at = time.monotonic()
             if world.sum(float(stopping)) > 0:
                 raise _StoppedError(state.step)
@@ -254,6 +259,7 @@ def _run_loop(
         beat=heartbeat.beat,
         compiling=partial(parts.part, "compile") if factors.compile else nullcontext,
     )
+    release_unused(world.device)
     reset_peaks(world.device)
     batches = micro_batches(tokens, schedule, world, first_step=first_step)
     try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tunemap.errors import UserError
+from tunemap.files import read_json
 from tunemap.measure import ceiling as ceiling_module
 from tunemap.measure.ceiling import Ceiling, add_ceiling_arguments, load, measure_ceiling, run_ceiling, store
 
@@ -61,6 +62,7 @@ def test_stored_ceilings_come_back_by_device_and_dtype(tmp_path, monkeypatch):
     store(path, "cpu", half)
     monkeypatch.undo()
     assert load(path, "cpu")["float32"] == single
+    assert [entry["device"] for entry in read_json(path).values()] == ["cpu", "cpu"]
 
 
 def test_an_unknown_dtype_names_the_allowed_ones():

@@ -14,6 +14,7 @@ from tunemap.measure.memory import (
     host_rss_peak_bytes,
     memory_record,
     memory_snapshot,
+    peaks_until_now,
     reset_host_rss_peak,
     reset_peaks,
     track_live_storage,
@@ -393,3 +394,14 @@ def test_a_cuda_record_takes_the_allocators_counts(monkeypatch):
     record = memory_record("cuda:0", tracker)
     assert (record.peak_allocated_bytes, record.peak_reserved_bytes, record.end_allocated_bytes) == (7, 11, 3)
     assert (record.driver_process_bytes, record.parameters_bytes) == (13, 256)
+
+
+def test_peaks_of_a_resumed_run_are_those_of_all_its_processes(monkeypatch):
+    counts = {"memory_allocated": 3, "memory_reserved": 5, "max_memory_allocated": 7, "max_memory_reserved": 11}
+    for name, value in counts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert peaks_until_now("cuda", None) == {"peak_allocated_bytes": 7, "peak_reserved_bytes": 11}
+    earlier = {"peak_allocated_bytes": 9, "peak_reserved_bytes": 9}
+    assert peaks_until_now("cuda", earlier) == {"peak_allocated_bytes": 9, "peak_reserved_bytes": 11}
+    tracked = {"peak_allocated_bytes": 5, "peak_phase": "forward"}
+    assert peaks_until_now("cpu", tracked) == tracked

@@ -1,21 +1,35 @@
 """Keys of accounts, predictions from them, and the record of predicted against measured."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tunemap.config import DatasetConfig, Factors, TinyModel
+from tunemap.files import read_json, write_json
+from tunemap.frozen import freeze
 from tunemap.hardware import load_hardware
-from tunemap.planner import cache, calibration, device
+from tunemap.planner import cache, calibration, device, plan
 from tunemap.planner.cache import NoAccount, account_key, known_prediction, predict, write_account
 from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
 from tunemap.planner.plan import described_gpus, on_gpus
-from tunemap.planner.prediction import Account, BatchShape, Work
+from tunemap.planner.prediction import ON_GPUS, Account, BatchShape, Work
 from tunemap.run import Run
+from tunemap.study_file import load_plan
 
 GIB = 1 << 30
+STUDY_ON_A_CPU = """\
+study: small
+hardware: {device: cpu}
+models: {tiny: {source: tiny}}
+datasets: {sums: {task: arithmetic, source: made}}
+methods: {lora: {kind: lora}}
+defaults: {model: tiny, dataset: sums, max_steps: 20}
+experiments:
+  - {name: e, question: Which, fixed: {method: lora}}
+"""
 
 
 def make_run(method=None, **factors) -> Run:
@@ -143,6 +157,45 @@ def test_a_run_is_planned_on_every_described_gpu(tmp_path):
     assert [one["memory_bytes"] for one in there] == sorted(gpu.memory_bytes for gpu in gpus)
     assert len(there) >= 13
     assert on_gpus(run, NoAccount("because"), data, gpus, results=tmp_path) == []
+
+
+def test_what_a_run_needs_of_gpus_is_not_read_off_the_processors_step(tmp_path, monkeypatch):
+    study = tmp_path / "study.yaml"
+    study.write_text(STUDY_ON_A_CPU)
+    frozen = freeze(load_plan(study), tmp_path / "plans", {})
+    made = []
+
+    def make(run, data, target, **_):
+        made.append(target.on_gpu)
+        return account(3 * GIB if target.on_gpu else GIB)
+
+    monkeypatch.setattr(plan, "make_account", make)
+    output, results = tmp_path / "predictions.json", tmp_path / "results"
+    plan.predict_to_file(Path(frozen.report_file), tmp_path, output, results=results, progress=lambda done, total: None)
+    (prediction,) = (found for found in read_json(output).values() if found["peak_bytes"])
+    assert made == [False, True]
+    assert prediction["peak_bytes"] == GIB
+    assert all(one["device_peak_bytes"] > 3 * GIB for one in prediction[ON_GPUS])
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        (["cpu"], {}),
+        (["NVIDIA H100 80GB HBM3"], {"bfloat16": 5e14}),
+        (["cpu", "NVIDIA H100 80GB HBM3", "NVIDIA L4"], {"bfloat16": 5e14}),
+        (["NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3"], {}),  # with unlike clocks, say
+    ],
+)
+def test_a_measured_ceiling_is_that_of_its_own_device(tmp_path, names, known):
+    stored = {
+        str(place): {"device": name, "ceilings": {"bfloat16": {"flops_per_s": 5e14}}}
+        for place, name in enumerate(names)
+    }
+    write_json(tmp_path / cache.CEILINGS, stored)
+    assert cache.measured_ceilings(tmp_path, Target.gpu(load_hardware("h100"))) == known
+    on_cpu = cache.measured_ceilings(tmp_path, Target("cpu", on_gpu=False, memory_bytes=GIB, hardware=None))
+    assert bool(on_cpu) is ("cpu" in names)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

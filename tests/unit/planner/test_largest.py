@@ -69,6 +69,12 @@ def test_probes_of_a_device_that_holds_nothing_end_at_none():
     assert asked[-1] == 1
 
 
+def test_what_may_just_fit_is_tried_where_nothing_is_safe():
+    probe, asked = tried(1)
+    assert confirmed(planned(safe=0, tight=1), probe).confirmed == 1
+    assert asked == [1]
+
+
 def test_no_probe_is_made_where_nothing_is_planned_to_fit():
     probe, asked = tried(9)
     assert confirmed(planned(safe=0, tight=0), probe).confirmed == 0

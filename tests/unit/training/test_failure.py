@@ -66,3 +66,15 @@ def test_other_exit_codes_are_failures_of_the_run():
     assert is_of_storage(how_it_ended(NO_DISK))
     assert not is_of_storage(how_it_ended(1))
     assert not is_of_storage(how_it_ended(-9))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    ],
+)
+def test_a_full_device_is_out_of_memory_whoever_asked_for_some(message):
+    assert describe(RuntimeError(message), rank=0, phase="train", step=3).outcome == "oom"

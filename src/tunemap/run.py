@@ -96,6 +96,16 @@ class Run(Section):
         return digest(_without_names(self.training_spec()))
 
     @property
+    def steps_digest(self) -> str:
+        """Digest of what defines each step: without how long a run may take, what is kept, and what is let through."""
+        spec = _without_names(self.training_spec())
+        kept = {
+            "factors": {name: value for name, value in spec["factors"].items() if name not in _BOOKKEEPING_FACTORS},
+            "dataset": {name: value for name, value in spec["dataset"].items() if name not in _GATE_KEYS},
+        }
+        return digest({name: value for name, value in spec.items() if name != "accept_flaws"} | kept)
+
+    @property
     def evaluation_digest(self) -> str:
         """Digest of what defines the evaluation."""
         return digest(_without_names(self.evaluation_spec()))
@@ -132,6 +142,7 @@ class Run(Section):
 
 _TOKEN_KEYS = ("prompt_template", "system_prompt")
 _GATE_KEYS = ("accept_truncation",)
+_BOOKKEEPING_FACTORS = ("time_limit_minutes", "checkpoint_steps", "logging_steps")
 
 
 def _without_names(spec: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ STORAGE = {  # what a disk may say, and what to do about it
     errno.EACCES: "make it accessible",
     errno.EPERM: "make it accessible",
     errno.EIO: "look after the disk",
+    errno.ESTALE: "mount the file system again",
 }
 
 

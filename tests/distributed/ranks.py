@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 from tests.forked import fork
 from tunemap.config import DatasetConfig, Factors, RandomModel
 from tunemap.run import Run
-from tunemap.training import steps
+from tunemap.training import finished, steps
+from tunemap.training.launch import Paths
 
 ARCHITECTURE = {
     "model_type": "qwen2",
@@ -178,6 +179,8 @@ def train(
     ]
     for name in ("model", "dataset", "tokens"):
         arguments += [f"--{name}", str(getattr(material, name))]
+    inputs = Paths(**vars(material), work=work, weights=weights, steps=work, outcome=work).inputs
+    arguments += ["--checkpoint-identity", finished.checkpoint_identity(run, inputs, device="cpu")]
     if not new:
         return Finished(work, weights, _world(run.factors.strategy != "single", world_size).run(arguments, work))
     processes = []

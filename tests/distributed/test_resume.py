@@ -5,7 +5,8 @@ import hashlib
 import pytest
 
 from tests.distributed import ranks
-from tunemap.training import launch
+from tunemap.files import read_sealed, write_sealed
+from tunemap.training import launch, steps
 
 LAYOUTS = [("single", 1), ("ddp", 2), ("fsdp", 2), ("hybrid", 4)]
 # Dropout shows that each rank's random generator is restored, 8-bit states that those are.
@@ -48,6 +49,17 @@ def test_a_resumed_run_has_the_times_of_all_its_steps(material, tmp_path):
     measurements = launch._from_result(resumed.result, [])
     assert measurements["train_time_s"] == own["training"] + earlier["training"] > sum(taken)
     assert measurements["wall_time_s"] == pytest.approx(sum(own.values()) + sum(earlier.values()))
+
+
+def test_times_of_two_machines_are_not_averaged(material, tmp_path):
+    run = ranks.make_run("full", "ddp", 2, checkpoint_steps=2)
+    ranks.train(run, material, tmp_path, sabotage={"rank": -1, "step": 5, "how": "killed"})
+    path = tmp_path / "work" / "checkpoint" / "manifest.json"
+    manifest = read_sealed(path)
+    write_sealed(path, manifest | {"machines": [manifest["machines"][0], "another"]})
+    resumed = ranks.train(run, material, tmp_path)
+    assert resumed.column("measured") == [0, 1, 0, 1, 0, 1]  # of this machine; the tracker and the first step are not
+    assert steps.measured_steps(resumed.records) == [5]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +108,7 @@ def test_checkpoint_of_another_configuration_is_not_used(material, tmp_path):
     ranks.train(first, material, tmp_path, sabotage={"rank": -1, "step": 5, "how": "killed"})
     other = ranks.make_run("full", "fsdp", 2, checkpoint_steps=2)
     finished = ranks.train(other, material, tmp_path)
-    assert "written by another configuration (ddp on 2 devices)" in finished.log
+    assert "version of the trainer (ddp on 2 devices)" in finished.log
     assert len(finished.column("loss")) == 6
 
 

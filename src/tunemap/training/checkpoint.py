@@ -1,6 +1,6 @@
 """Checkpoints: all that training needs to go on as if nothing had happened, written so that a kill cannot spoil them.
 
-    checkpoint/manifest.json     step, digest of the run, world size, strategy, checksum of each file
+    checkpoint/manifest.json     step, identity, world size, strategy, machines, checksum of each file
     checkpoint/rank0.pt ...      per rank: trained tensors (its shards), optimizer, scaler, random generators, memory
 
 A new checkpoint is complete in a folder of its own before it takes the place of the old one by renaming.
@@ -30,6 +30,7 @@ from tunemap.distributed.strategies import unwrap
 from tunemap.distributed.world import World
 from tunemap.errors import UserError
 from tunemap.files import read_sealed, sha256_of, write_sealed
+from tunemap.measure.environment import device_fingerprint
 from tunemap.measure.memory import peaks_until_now
 from tunemap.methods.peft_types import load_method_state, method_state
 from tunemap.training.finished import CHECKPOINT, OLD_CHECKPOINT
@@ -49,7 +50,7 @@ class Found:
 
 
 def save(
-    folder: Path, state: TrainingState, world: World, *, digest: str, strategy: str, parts_s: dict[str, float]
+    folder: Path, state: TrainingState, world: World, *, identity: str, strategy: str, parts_s: dict[str, float]
 ) -> None:
     """Write a checkpoint of all ranks into `folder`; every rank must call this.
 
@@ -66,11 +67,13 @@ def save(
         file.flush()
         os.fsync(file.fileno())
     checksums = dict(world.gather((path.name, sha256_of(path))))
+    machines = world.gather(device_fingerprint(world.device))
     if world.is_main:
         manifest = {
-            "digest": digest,
+            "identity": identity,
             "strategy": strategy,
             "world_size": world.size,
+            "machines": machines,
             "step": state.step,
             "elapsed_s": state.elapsed_s,
             "parts_s": parts_s,
@@ -81,15 +84,21 @@ def save(
     world.barrier()
 
 
-def find(folder: Path, world: World, *, digest: str) -> Found:
+def find(folder: Path, world: World, *, identity: str) -> Found:
     """Look for a checkpoint that belongs to this very run, and check that it is whole; every rank must call this.
 
-    Strategy and number of devices are part of a run's digest: a checkpoint of another layout is another run's.
+    identity: `finished.checkpoint_identity`. Strategy and number of devices are part of it: a checkpoint of another
+    layout is another run's.
     """
-    return world.gather(_look(folder, digest) if world.is_main else Found(None, ""))[0]
+    return world.gather(_look(folder, identity) if world.is_main else Found(None, ""))[0]
 
 
-def _look(folder: Path, digest: str) -> Found:
+def is_of_this_machine(manifest: dict[str, Any], world: World) -> bool:
+    """Whether this rank's device is like the one that wrote the checkpoint."""
+    return bool(manifest["machines"][world.rank] == device_fingerprint(world.device))
+
+
+def _look(folder: Path, identity: str) -> Found:
     """What one rank finds, which moves folders: the others must not look at the same time."""
     current = folder / CHECKPOINT
     if not (current / MANIFEST).exists() and (folder / OLD_CHECKPOINT / MANIFEST).exists():
@@ -100,11 +109,10 @@ def _look(folder: Path, digest: str) -> Found:
         manifest = read_sealed(current / MANIFEST)
     except UserError:
         return _set_aside(current, MANIFEST)
-    if manifest["digest"] != digest:
+    if manifest.get("identity") != identity:
         written_by = f"{manifest['strategy']} on {manifest['world_size']} devices"
-        return Found(
-            None, f"{current} was written by another configuration ({written_by}): starting from the first step"
-        )
+        other = f"another configuration, model, data or version of the trainer ({written_by})"
+        return Found(None, f"{current} was written by {other}: starting from the first step")
     broken = [name for name, expected in manifest["sha256"].items() if not _whole(current / name, expected)]
     if broken:
         return _set_aside(current, ", ".join(broken))

@@ -22,7 +22,7 @@ _OUT_OF_MEMORY = re.compile(  # of torch, the system, cuBLAS and cuDNN
     r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory|STATUS_ALLOC_FAILED", re.I
 )
 _STORAGE = re.compile(
-    "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)))
+    "|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)))
     + r"|was set aside as|: move it away and run again|run the workflow to make it"  # what is damaged or gone
     + r"|unexpected pos \d+ vs|file write failed"  # how torch says it
     + r"|could write nothing"

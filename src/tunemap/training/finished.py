@@ -20,8 +20,10 @@ from typing import Any
 from tunemap.errors import UserError
 from tunemap.files import damaged, read_json, sha256_of, write_json
 from tunemap.measure.environment import package_digest
-from tunemap.run import Run
+from tunemap.run import Run, digest
+from tunemap.sources import planned_digest
 
+SCRIPT = Path(__file__).resolve().parents[3] / "workflow" / "scripts" / "train_run.py"
 FINISHED, NEXT = "finished", "finished.next"
 CHECKPOINT, OLD_CHECKPOINT = "checkpoint", "checkpoint.old"  # the second while the first is being replaced
 WEIGHTS, STEPS, OUTCOME, KEY, SUMS = "weights", "steps.csv", "outcome.json", "key.json", "sha256.json"
@@ -32,6 +34,15 @@ def key_of(run: Run, inputs: dict[str, Path], *, device: str) -> dict[str, str]:
     """What the results depend on: run, kind of device, source of this package, and contents of the `inputs` files."""
     contents = {name: sha256_of(path) if path.exists() else "" for name, path in inputs.items()}
     return {"digest": run.training_digest, "device": device, "source": package_digest(), **contents}
+
+
+def checkpoint_identity(run: Run, inputs: dict[str, Path], *, device: str) -> str:
+    """Digest of all that a step depends on, by which a checkpoint is known as this run's.
+
+    Of the sources those of training: what else is edited while a run waits to go on does not cost its steps.
+    """
+    key = key_of(run, inputs, device=device)
+    return digest(key | {"digest": run.steps_digest, "source": planned_digest(SCRIPT, os.environ)})
 
 
 def start(work: Path) -> Path:

@@ -230,7 +230,9 @@ def _failure(work: Path, code: int | None) -> Failure | None:
 
 
 def _command(run: Run, paths: Paths, run_file: Path, device: str) -> list[str]:
+    identity = finished.checkpoint_identity(run, paths.inputs, device=device)
     worker = ["-m", "tunemap.training.worker", "--run-file", str(run_file), "--device", device]
+    worker += ["--checkpoint-identity", identity]
     for name in ("model", "dataset", "tokens", "work"):
         worker += [f"--{name}", str(getattr(paths, name))]
     worker += ["--weights", str(paths.work / finished.NEXT / finished.WEIGHTS)]
@@ -352,6 +354,8 @@ def _signals(work: Path) -> Iterator[Stop]:
     stop = Stop()
 
     def handle(signal_number: int, frame: object) -> None:
+        if (work / RESULT).exists():  # nothing is left to be stopped, and a result would be lost
+            return
         if stop.signal_number is not None and signal_number != signal.SIGURG:
             raise StoppedError(signal_number)
         if _progress(work).get("phase") != "train":

@@ -153,9 +153,10 @@ def _set_aside(path: Path, judged: Lease | None) -> None:
 
 def _renew(work: Path, mine: Lease, ended: threading.Event) -> None:
     while not ended.wait(RENEW_SECONDS):
-        if _is_mine(work, mine):
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json(work / NAME, asdict(replace(mine, heartbeat=now)))
+        with contextlib.suppress(OSError):  # a file system that fails for a moment; the next renewal may succeed
+            if _is_mine(work, mine):
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                write_json(work / NAME, asdict(replace(mine, heartbeat=now)))
 
 
 def _is_mine(work: Path, mine: Lease) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,12 @@ def keep_until(path: Path, step: int) -> None:
     if path.exists():
         kept = [record for record in read_records(path) if record.step < step]
         write_atomic(path, to_csv(kept))
+
+
+def leave_unmeasured(path: Path) -> None:
+    """Let the records so far count in no timing: those of another machine and this one's have no common mean."""
+    if path.exists():
+        write_atomic(path, to_csv(replace(record, measured=0) for record in read_records(path)))
 
 
 def to_csv(records: Iterable[StepRecord]) -> str:

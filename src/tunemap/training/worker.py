@@ -1,7 +1,7 @@
 """One process of a training run; the launcher starts as many of these as the run has devices.
 
     python -m tunemap.training.worker --run-file spec.json --model DIR --dataset DIR --tokens DIR
-        --work DIR --weights DIR --device cpu
+        --work DIR --weights DIR --device cpu --checkpoint-identity DIGEST
 
 Leaves in the work folder: environment.json, steps.rankN.csv while training, result.json at the end (rank 0), or
 failure.rankN.json. A gate that trips before training ends the run there; one that trips later leaves all its data.
@@ -54,6 +54,7 @@ class Job:
     work: Path
     weights: Path
     device: str
+    checkpoint_identity: str  # which checkpoints are this run's
     ceilings: Path | None  # measured matmul ceilings, where there are any
 
 
@@ -124,6 +125,7 @@ def _parse(arguments: list[str]) -> Job:
     for name in ("model", "dataset", "tokens", "work", "weights"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--ceilings", type=Path)
+    parser.add_argument("--checkpoint-identity", required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     values = vars(parser.parse_args(arguments))
     run = Run.from_json(values.pop("run_file").read_text())
@@ -140,7 +142,7 @@ def _train(job: Job, progress: Progress) -> None:
 
             from tunemap.data.tokens import load_tokens
             from tunemap.distributed.world import join_world, leave_world
-            from tunemap.training import checkpoint
+            from tunemap.training import checkpoint, steps
             from tunemap.training.assemble import assemble
             from tunemap.training.batches import schedule_of
             from tunemap.training.observe import Observer
@@ -153,7 +155,7 @@ def _train(job: Job, progress: Progress) -> None:
         progress.check(let_through(_data_gates(job, tokens), run.accept_flaws))
         schedule = schedule_of(factors, tokens, world)
     with progress.during("load"), parts.part("load"):
-        found = checkpoint.find(job.work, world, digest=run.training_digest)
+        found = checkpoint.find(job.work, world, identity=job.checkpoint_identity)
         known = found.manifest is not None and (job.work / PLANNED).exists()
         assembled = assemble(
             run,
@@ -171,7 +173,10 @@ def _train(job: Job, progress: Progress) -> None:
         earlier_s: dict[str, float] = {}
         if found.manifest is not None:
             checkpoint.restore(job.work, state, world, found.manifest)
-            earlier_s = found.manifest.get("parts_s", {})  # one of an earlier version has none
+            if not checkpoint.is_of_this_machine(found.manifest, world):
+                print("the steps before are of another machine: their times are kept, and not averaged", flush=True)
+                steps.leave_unmeasured(steps.rank_file(job.work, world.rank))
+            earlier_s = found.manifest["parts_s"]
         if world.is_main:
             print(found.message, flush=True)
         progress.gates += let_through(assembled.gates, run.accept_flaws)
@@ -240,7 +245,7 @@ def _run_loop(
         if state.step < schedule.steps and world.sum(float(due or stopping)) > 0:
             with parts.part("checkpoint"):
                 parts_s = {name: seconds + earlier_s.get(name, 0.0) for name, seconds in parts.seconds().items()}
-                named = {"digest": job.run.training_digest, "strategy": factors.strategy}
+                named = {"identity": job.checkpoint_identity, "strategy": factors.strategy}
                 checkpoint.save(job.work, state, world, **named, parts_s=parts_s)
             saved_at = time.monotonic()
             if world.sum(float(stopping)) > 0:

@@ -100,6 +100,19 @@ def test_another_prepared_model_or_kind_of_device_changes_the_key(tmp_path, make
     assert first["digest"] == run.training_digest
 
 
+def test_a_checkpoint_is_known_by_what_its_steps_depend_on(tmp_path, make_run):
+    model = tmp_path / "model.json"
+
+    def identity(device="cpu", **factors):
+        return finished.checkpoint_identity(make_run({"kind": "full"}, **factors), {"model": model}, device=device)
+
+    first = identity()
+    assert identity(time_limit_minutes=90, checkpoint_steps=7, logging_steps=2) == first
+    others = {identity(device="cuda"), identity(learning_rate=0.5), identity(measurement_warmup_steps=1)}
+    model.write_text("{}")
+    assert len(others | {first, identity()}) == 5
+
+
 def test_what_snakemake_puts_into_a_folder_is_not_part_of_it(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = finished.checksums(tmp_path)

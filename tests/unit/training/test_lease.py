@@ -1,5 +1,6 @@
 """One writer per run, and what is abandoned is taken over."""
 
+import errno
 import json
 import os
 import socket
@@ -143,6 +144,21 @@ def test_the_heartbeat_is_renewed(tmp_path, monkeypatch):
             time.sleep(0.02)
         else:
             pytest.fail("nobody renewed it")
+
+
+def test_a_renewal_that_fails_is_not_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.01)
+    answers = iter([OSError(errno.ESTALE, "Stale file handle")])
+    renewed = threading.Event()
+
+    def write(path, content):
+        for error in answers:
+            raise error
+        renewed.set()
+
+    with hold(tmp_path, "r"):
+        monkeypatch.setattr(leases, "write_json", write)
+        assert renewed.wait(10)
 
 
 def test_a_lease_that_was_taken_over_is_not_removed_by_its_first_holder(tmp_path):

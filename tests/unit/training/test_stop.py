@@ -68,6 +68,16 @@ def _paths(work: Path) -> launching.Paths:
     return launching.Paths(work, work, work, work, work, work, work)
 
 
+def test_a_stop_does_not_take_a_result_that_is_written(tmp_path):
+    (tmp_path / "progress.json").write_text('{"phase": "save"}')
+    with launching._signals(tmp_path) as stop:
+        with pytest.raises(launching.StoppedError):
+            os.kill(os.getpid(), signal.SIGTERM)
+        (tmp_path / launching.RESULT).touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_number is None
+
+
 def test_a_second_signal_does_not_wait_for_the_checkpoint(tmp_path, monkeypatch, make_run):
     (tmp_path / "progress.json").write_text('{"phase": "train"}')
     monkeypatch.setattr(launching, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])

@@ -74,7 +74,9 @@ def _run_workers(
             if tool is not None:
                 used |= tool.described
                 command = tool.around(command, folder)
-            environment = worker_environment(run, devices) | {parent.VARIABLE: "1"}
+            # A profiler may start the workers from a thread, and the kernel takes that thread's end for the parent's.
+            with_parent = {parent.VARIABLE: "1"} if tool is None else {}
+            environment = worker_environment(run, devices) | with_parent
             process = subprocess.Popen(command, env=environment, start_new_session=True)
             try:
                 process.wait(timeout=LIMIT_S)

@@ -9,6 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +41,20 @@ def calls(folder: Path) -> list[list[str]]:
     return json.loads((folder / "arguments.json").read_text())
 
 
+def _run_from_a_thread_that_ends(command: list[str]) -> None:
+    """As a profiler may: whoever asks the kernel to be killed with its parent is killed with the thread."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        started.append(subprocess.Popen(command))
+        time.sleep(2)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    started[0].wait()
+
+
 def main(words: list[str]) -> int:
     """Do what nsys would do."""
     known = json.loads(CALLS.read_text()) if CALLS.exists() else []
@@ -55,7 +71,7 @@ def main(words: list[str]) -> int:
         shutil.copy(HERE / "export.sqlite", output)
         return 0
     program = next(index for index, word in enumerate(rest) if not word.startswith("-"))
-    subprocess.run(rest[program:], check=False)
+    _run_from_a_thread_that_ends(rest[program:])
     if not (HERE / "no_report").exists():
         Path(output.replace("%h", socket.gethostname()) + ".nsys-rep").write_text("a report")
     return 1  # as the real one does beside a good report, now and then

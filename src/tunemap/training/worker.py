@@ -27,7 +27,7 @@ from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, trippe
 from tunemap.measure.clock import Moment, PartsTimer, process_age_s
 from tunemap.run import Run
 from tunemap.startup import quick_imports
-from tunemap.training.failure import InvalidRunError, describe, leave_failure
+from tunemap.training.failure import InvalidRunError, UnsupportedRunError, describe, leave_failure
 from tunemap.training.heartbeat import STOP, Heartbeat
 from tunemap.training.parent import end_with_parent
 
@@ -154,6 +154,9 @@ def _train(job: Job, progress: Progress) -> None:
         tokens = load_tokens(job.tokens)
         progress.check(let_through(_data_gates(job, tokens), run.accept_flaws))
         schedule = schedule_of(factors, tokens, world)
+        if factors.warmup_steps >= schedule.steps:  # where epochs decide, nobody knew before
+            leaves = f"leaves nothing of the {schedule.steps} steps that {factors.epochs:g} epochs come to"
+            raise UnsupportedRunError(f"warmup_steps {factors.warmup_steps} {leaves}")
     with progress.during("load"), parts.part("load"):
         found = checkpoint.find(job.work, world, identity=job.checkpoint_identity)
         known = found.manifest is not None and (job.work / PLANNED).exists()

@@ -112,6 +112,12 @@ def test_qlora_holds_its_base_in_4_bits_and_computes_in_16(train):
     assert "Linear4bit" in ended.gate("adapters")["message"]
 
 
+def test_a_warm_up_that_never_ends_is_refused_before_training(train):
+    outcome = train({"kind": "full"}, max_steps=None, epochs=0.5, warmup_steps=5).outcome
+    assert (outcome["outcome"], outcome["phase"]) == ("unsupported", "data")
+    assert outcome["reason"] == "warmup_steps 5 leaves nothing of the 5 steps that 0.5 epochs come to"
+
+
 def test_two_ranks_agree(train):
     """With DDP; tests/distributed/test_failures.py looks at FSDP so."""
     ended = train({"kind": "lora", "rank": 2}, strategy="ddp", gpus=2, per_device_batch_size=2, max_steps=4)

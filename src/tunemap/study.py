@@ -371,7 +371,7 @@ def _build(study: Study, point: Point) -> Run:
         model_name=values["model"],
         model=study.models[values["model"]],
         dataset_name=values["dataset"],
-        dataset=dataset,
+        dataset=dataset.model_copy(update={"prompt_template": None}),  # a template that is renamed changes no run
         method_name=values["method"],
         method=method,
         prompt_template=template,

@@ -403,6 +403,16 @@ def test_what_does_not_touch_a_run_changes_no_digest(change):
     assert digests(study(**change)) == digests(study())
 
 
+def test_renaming_a_prompt_template_changes_nothing_that_training_is_given():
+    def specs(name):
+        datasets = {"sums": STUDY["datasets"]["sums"] | {"prompt_template": name}}
+        planned = plan(datasets=datasets, prompt_templates={name: "Solve: {prompt}"})
+        return {run.id: run.training_spec() for run in planned.runs.values()}
+
+    assert specs("short") == specs("terse")
+    assert all(spec["prompt_template"] == "Solve: {prompt}" for spec in specs("short").values())
+
+
 def test_renaming_changes_no_digest():
     renamed = json.loads(
         json.dumps(study()).replace('"tiny":', '"small":').replace('"model": "tiny"', '"model": "small"')

@@ -14,6 +14,7 @@
     results/STUDY/tables/inference.csv     what runs cost when they are used, where an experiment asks for it
     results/STUDY/tables/published.csv     published numbers beside ours, where the study repeats a published one
     results/STUDY/tables/published_tables.csv   the tables of that publication, one row per cell
+    results/calibration.csv                predicted against measured, runs of all studies; a copy with each study
 
 A result that belongs to another plan is refused; a missing or broken file is a row with the reason.
 """
@@ -37,15 +38,10 @@ from tunemap.gates.comparison import memory_prediction_gate
 from tunemap.gates.measurement import mfu_bounds_gate
 from tunemap.loss_curves import Curve, loss_table, read_curve
 from tunemap.measure.datasheet import datasheet_columns, hardware_of
-from tunemap.planner.calibration import (
-    CALIBRATION,
-    calibration_row,
-    predicted_columns,
-    read_predictions,
-    update_calibration,
-)
+from tunemap.planner.calibration import calibration_rows, predicted_columns, read_predictions, record_calibration
 from tunemap.report.comparisons import COMPARISON_COLUMNS, GATE_COLUMNS, compare
 from tunemap.report.equal_factors import fingerprint
+from tunemap.report.formats import records
 from tunemap.report.latex import comparisons_latex, points_latex
 from tunemap.report.points import POINT_COLUMNS, Result
 from tunemap.report.published_numbers import COLUMNS as PUBLISHED_COLUMNS
@@ -490,11 +486,16 @@ def _frame(rows: list[dict[str, Any]], columns: tuple[str, ...] = ()) -> pd.Data
 
 
 def write_tables(plan_path: Path, results_dir: Path) -> None:
-    """Collect a study and write `tables/*.csv`, the two main tables as LaTeX, and the plan that they follow."""
-    texts = table_texts(collect(plan_path, results_dir))
+    """Collect a study and write `tables/*.csv`, the two main tables as LaTeX, and the plan that they follow.
+
+    Predicted against measured joins the record of all studies.
+    """
+    collected = collect(plan_path, results_dir)
     write_atomic(results_dir / "plan.json", plan_path.read_text(encoding="utf-8"))
-    for name, text in texts.items():
+    for name, text in table_texts(collected).items():
         write_atomic(results_dir / "tables" / name, text)
+    plan = read_json(plan_path)
+    record_calibration(results_dir, plan["study"], calibration_of(plan, results_dir, collected))
 
 
 def table_texts(collected: Tables) -> dict[str, str]:
@@ -508,16 +509,9 @@ def table_texts(collected: Tables) -> dict[str, str]:
     return texts
 
 
-def _calibrate(plan: dict[str, Any], results_dir: Path, runs: pd.DataFrame) -> None:
-    """Set what was predicted of this study's finished runs beside what was measured, in the record of all studies."""
-    predictions = read_predictions(results_dir)
-    rows = [
-        calibration_row(results_dir.name, row["run"], plan["runs"][row["run"]]["digest"], predictions[row["run"]], row)
-        for row in ({str(name): value for name, value in one.items()} for one in runs.to_dict("records"))
-        if row["outcome"] == "ok" and row["run"] in predictions
-    ]
-    if rows:
-        update_calibration(results_dir.parent / CALIBRATION, results_dir.name, rows)
+def calibration_of(plan: dict[str, Any], results_dir: Path, collected: Tables) -> list[dict[str, Any]]:
+    """What was predicted of this study's runs beside what was measured: its rows in the record of all studies."""
+    return calibration_rows(plan["study"], plan["runs"], read_predictions(results_dir), records(collected.runs))
 
 
 def read_tables(folder: Path) -> Tables:

@@ -9,7 +9,8 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def _sweep(path: Path) -> None:
                     left.unlink(missing_ok=True)
         except OSError:  # gone meanwhile, or somebody else's
             continue
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time read `path` and write it again; where the file system knows no locks, go on without."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A file of its own, for `path` is replaced. It stays: whoever removed it would take it from those who wait for it.
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -64,7 +64,7 @@ def verify(results_dir: Path) -> list[str]:
         differences += _plan_differences(run, planned)
         differences += _run_differences(results_dir / "runs" / run, planned)
         differences += _evaluation_differences(results_dir / "evaluations" / run, planned)
-    differences += [*_measurement_table_differences(results_dir, plan), *_table_differences(results_dir)]
+    differences += [*_measurement_table_differences(results_dir, plan), *_table_differences(results_dir, plan)]
     return differences + list(_figure_differences(results_dir))
 
 
@@ -261,20 +261,35 @@ def _measurement_table_differences(results_dir: Path, plan: dict[str, Any]) -> I
                     yield f"{outcome}: measurements: {name} is {value!r}, {path} says {text}"
 
 
-def _table_differences(results_dir: Path) -> Iterator[str]:
-    from tunemap.collect import collect, table_texts
+def _table_differences(results_dir: Path, plan: dict[str, Any]) -> Iterator[str]:
+    from tunemap.collect import calibration_of, collect, table_texts
 
     try:
-        texts = table_texts(collect(results_dir / PLAN, results_dir))
+        collected = collect(results_dir / PLAN, results_dir)
+        calibration = calibration_of(plan, results_dir, collected)
     except UserError as error:
         yield f"tables cannot be derived: {error}"
         return
-    for name, text in texts.items():
+    yield from _calibration_differences(results_dir, plan["study"], calibration)
+    for name, text in table_texts(collected).items():
         path = results_dir / "tables" / name
         if not path.exists():
             yield f"{path}: no such file"
         elif (found := path.read_text(encoding="utf-8")) != text:
             yield f"{path}: {_first_difference(found, text)}"
+
+
+def _calibration_differences(results_dir: Path, study: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Predicted against measured of this study; the file's other rows follow from other studies' results."""
+    from tunemap.planner.calibration import CALIBRATION, calibration_text, read_calibration_rows
+
+    path = results_dir / CALIBRATION
+    if not path.is_file():
+        yield f"{path}: no such file"
+        return
+    found = calibration_text(row for row in read_calibration_rows(path) if row.get("study") == study)
+    if found != (due := calibration_text(rows)):
+        yield f"{path}: rows of {study}: {_first_difference(found, due)}"
 
 
 def _figure_differences(results_dir: Path) -> Iterator[str]:

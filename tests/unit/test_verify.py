@@ -249,6 +249,19 @@ def test_a_changed_table_is_found_at_its_line(study: Path, name: str, capsys: py
     assert "1 difference(s)" in capsys.readouterr().out
 
 
+def test_a_changed_calibration_is_found_and_another_studys_is_not(study: Path) -> None:
+    peak = {"predicted_peak_bytes": 2100, "step_seconds_low": None, "step_seconds_high": None, "device": "cpu"}
+    write(study / "predictions.json", {"lora": peak | {"flops_per_step": 1, "communication_bytes_per_step": 0}})
+    write_tables(study / "plan.json", study)
+    path = study / "calibration.csv"
+    path.write_text(path.read_text() + "other,lora,d,cpu,1,1\n")
+    assert verify(study) == []
+    path.write_text(path.read_text().replace("2100", "2000"))
+    only(verify(study), "calibration.csv: rows of small: line 2", "2100")
+    path.unlink()
+    only(verify(study), "calibration.csv: no such file")
+
+
 @pytest.mark.parametrize("gone", ["runs/lora/outcome.json", "runs/lora/steps.csv", "evaluations/lora/evaluation.json"])
 def test_a_missing_file_is_named(study: Path, gone: str) -> None:
     (study / gone).unlink()

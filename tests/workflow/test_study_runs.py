@@ -102,6 +102,13 @@ def test_the_tables_follow_from_the_raw_files(finished):
     assert verify(finished.results) == []
 
 
+def test_predicted_stands_against_measured(finished):
+    record = finished.results.parent / "calibration.csv"
+    assert set(_rows(record)) == {FULL, LORA}
+    assert record.read_text() == (finished.results / "calibration.csv").read_text()
+    assert '<section id="calibration">' in (finished.results / "report.html").read_text()
+
+
 def test_a_changed_result_is_noticed(copy):
     predictions = copy.results / "evaluations" / LORA / "predictions.jsonl"
     predictions.write_text(predictions.read_text().replace('"correct": false', '"correct": true', 1))

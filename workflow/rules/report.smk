@@ -44,6 +44,8 @@ rule tables:
         published_tables="results/{study}/tables/published_tables.csv",
         points_latex="results/{study}/tables/points.tex",
         comparisons_latex="results/{study}/tables/comparisons.tex",
+        # A copy of results/calibration.csv, which is the record of all studies and therefore no output of any.
+        calibration="results/{study}/calibration.csv",
         plan="results/{study}/plan.json",
     log:
         "logs/{study}/tables.log",

@@ -2,6 +2,7 @@
 
     results/STUDY/predictions.json    run id -> prediction, made once the tokens are there
     results/calibration.csv           one row per run of any study: predicted, measured, and the error
+    results/STUDY/calibration.csv     the same as it stood when the study's tables were made; the report reads this one
 
 Imports no torch, so that collecting results needs none.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.errors import UserError
-from tunemap.files import read_json, write_atomic
+from tunemap.files import locked, read_json, write_atomic
 
 PREDICTIONS = "predictions.json"
 CALIBRATION = "calibration.csv"
@@ -50,6 +51,21 @@ def predicted_columns(prediction: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in columns.items() if value is not None}
 
 
+def calibration_rows(
+    study: str,
+    planned: Mapping[str, Mapping[str, Any]],
+    predictions: Mapping[str, Mapping[str, Any]],
+    runs: Iterable[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """One row per predicted run of a study, in the order of `runs`; only a run that ended ok has measured anything."""
+    measurements = ((run["run"], run if run["outcome"] == "ok" else {}) for run in runs)
+    return [
+        calibration_row(study, run, planned[run]["digest"], predictions[run], measured)
+        for run, measured in measurements
+        if run in predictions
+    ]
+
+
 def calibration_row(
     study: str, run: str, digest: str, prediction: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -76,14 +92,35 @@ def calibration_row(
     }
 
 
-def update_calibration(path: Path, study: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Put the rows of a study in place of those that it had; the other studies' stay."""
-    kept = []
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if row.get("study") != study]
+def record_calibration(results_dir: Path, study: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Put the rows of a study into the record of all studies, and leave a copy with the study.
+
+    The report is made from the copy: what other studies collect later changes no report that is finished.
+    """
+    write_atomic(results_dir / CALIBRATION, update_calibration(results_dir.parent / CALIBRATION, study, rows))
+
+
+def update_calibration(path: Path, study: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Put the rows of a study in place of those that it had, and return the file's text; the other studies' stay."""
+    with locked(path):  # two studies may be collected at the same time
+        kept = [row for row in read_calibration_rows(path) if row.get("study") != study]
+        text = calibration_text(sorted([*kept, *rows], key=lambda row: str(row.get("study"))))
+        write_atomic(path, text)
+    return text
+
+
+def read_calibration_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a record as text; none where there is no record."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def calibration_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as they stand in a record."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows([*kept, *rows])
-    write_atomic(path, text.getvalue())
+    writer.writerows(rows)
+    return text.getvalue()

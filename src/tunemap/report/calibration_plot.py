@@ -14,13 +14,12 @@ NEAR = 0.10  # the band
 Place = Callable[[float], float]  # bytes to user units
 
 
-def calibration_plot(paths: list[Path], runs: Collection[str]) -> Markup | None:
-    """Both peaks on logarithmic axes with a band of 10 %; None where no run has both.
+def calibration_plot(path: Path, runs: Collection[str]) -> Markup | None:
+    """Both peaks on logarithmic axes with a band of 10 %, from the record in `path`; None where no run has both.
 
-    From the first of `paths` that exists. The runs of this study are filled, those of others are rings.
+    The runs of this study are filled, those of others are rings.
     """
-    path = next((path for path in paths if path.is_file()), None)
-    points = list(_points(path)) if path else []
+    points = list(_points(path)) if path.is_file() else []
     if not points:
         return None
     low = min(min(measured, predicted) for _, measured, predicted in points) / 1.3

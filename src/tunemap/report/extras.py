@@ -16,7 +16,6 @@ from tunemap.report.formats import records
 from tunemap.report.scene import Scene, outcome_word
 
 Row = dict[str, Any]
-CALIBRATION = "calibration.csv"  # of results/STUDY or, over all studies, of results
 PUBLISHED = "published.csv"  # among a study's tables
 CLOSE = 0.10  # a prediction of memory that is this near explains the measurement
 MOST_ROWS = 60
@@ -108,13 +107,12 @@ def _windows_of(folder: Path, point: str) -> Iterator[tuple[str, ...]]:
         yield (f"{point}, device {device['device']}", f"{whole / 1e6:,.1f}", *shares)
 
 
-def read_calibration(paths: list[Path], runs: Mapping[str, str]) -> Calibration | None:
-    """Predicted against measured peak memory, from the first of `paths` that exists; None where none does.
+def read_calibration(path: Path, runs: Mapping[str, str]) -> Calibration | None:
+    """Predicted against measured peak memory, from the record in `path`; None where there is none.
 
     The sentence speaks of every run in the file, the table of the runs of this study; `runs` says how each ended.
     """
-    path = next((path for path in paths if path.is_file()), None)
-    rows = _read(path, ("run", "predicted_peak_bytes", "measured_peak_bytes")) if path else []
+    rows = _read(path, ("run", "predicted_peak_bytes", "measured_peak_bytes")) if path.is_file() else []
     pairs = [row for row in rows if row["predicted_peak_bytes"] and row["measured_peak_bytes"]]
     if not pairs:
         return None

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from tunemap.collect import read_tables
 from tunemap.files import read_json, write_atomic_chunks
+from tunemap.planner.calibration import CALIBRATION
 from tunemap.report import words
 from tunemap.report.calibration_plot import calibration_plot
 from tunemap.report.cards import (
@@ -30,7 +31,6 @@ from tunemap.report.cards import (
 )
 from tunemap.report.definitions import DEFINITIONS
 from tunemap.report.extras import (
-    CALIBRATION,
     INFERENCE,
     PUBLISHED,
     inference_row,
@@ -116,13 +116,8 @@ def write_report(
             window_columns=WINDOW_COLUMNS,
             scaling=scaling_rows(records(tables.scaling), runs),
             gpu_advice=advise_on_gpus(plan, words.main_experiment(plan), _of(points, main), results_dir),
-            calibration_plot=calibration_plot(
-                [results_dir / CALIBRATION, results_dir.parent / CALIBRATION], {run["run"] for run in runs}
-            ),
-            calibration=read_calibration(
-                [results_dir / CALIBRATION, results_dir.parent / CALIBRATION],
-                {run["run"]: run["outcome"] for run in runs},
-            ),
+            calibration_plot=calibration_plot(results_dir / CALIBRATION, {run["run"] for run in runs}),
+            calibration=read_calibration(results_dir / CALIBRATION, {run["run"]: run["outcome"] for run in runs}),
             inference=[inference_row(row) for row in records(tables.inference)],
             inference_columns=INFERENCE,
             published=read_published(results_dir / "tables" / PUBLISHED),

@@ -37,14 +37,14 @@ def test_a_run_without_a_peak_stands_in_the_planners_table_with_its_outcome(tmp_
         "run,predicted_peak_bytes,measured_peak_bytes\n"
         "a,1048576,2097152\nb,3145728,\nc,,4194304\nother,1048576,1048576\n"
     )
-    found = read_calibration([tmp_path / "none.csv", path], {"a": "ok", "b": "oom", "c": "ok"})
+    found = read_calibration(path, {"a": "ok", "b": "oom", "c": "ok"})
     assert found.sentence.startswith("Predicted over measured peak memory in 2 runs: median 0.75, from 0.50 to 1.00")
     assert [row.cells for row in found.rows] == [
         ("a", "1.0", "2.0", "0.50"),
         ("b", "3.0", "out of memory", "—"),
         ("c", "not predicted", "4.0", "—"),
     ]
-    assert read_calibration([tmp_path / "none.csv"], {}) is None
+    assert read_calibration(tmp_path / "none.csv", {}) is None
 
 
 def test_scaling_rows_say_speed_up_with_interval_or_why_not():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from markupsafe import Markup, escape
@@ -14,24 +14,25 @@ NEAR = 0.10  # the band
 Place = Callable[[float], float]  # bytes to user units
 
 
-def calibration_plot(path: Path, runs: Collection[str]) -> Markup | None:
+def calibration_plot(path: Path, study: str) -> Markup | None:
     """Both peaks on logarithmic axes with a band of 10 %, from the record in `path`; None where no run has both.
 
-    The runs of this study are filled, those of others are rings.
+    The runs of `study` are filled, those of others are rings.
     """
     points = list(_points(path)) if path.is_file() else []
     if not points:
         return None
-    low = min(min(measured, predicted) for _, measured, predicted in points) / 1.3
-    high = max(max(measured, predicted) for _, measured, predicted in points) * 1.3
+    low = min(min(measured, predicted) for _, _, measured, predicted in points) / 1.3
+    high = max(max(measured, predicted) for _, _, measured, predicted in points) * 1.3
 
     def place(size: float) -> float:
         return SIDE * math.log(size / low) / math.log(high / low)
 
     body = [*_axes(low, high, place), *_band(low, high, place)]
-    for run, measured, predicted in points:
-        title = escape(f"{run}: predicted {_words(predicted)}, measured {_words(measured)}")
-        fill = "currentColor" if run in runs else "none"
+    for owner, run, measured, predicted in points:
+        name = run if owner == study else f"{run} of {owner}"  # studies share ids of runs
+        title = escape(f"{name}: predicted {_words(predicted)}, measured {_words(measured)}")
+        fill = "currentColor" if owner == study else "none"
         body.append(
             f'<circle cx="{place(measured):.1f}" cy="{SIDE - place(predicted):.1f}" r="4" fill="{fill}" '
             f'fill-opacity=".55" stroke="currentColor"><title>{title}</title></circle>'
@@ -44,11 +45,12 @@ def calibration_plot(path: Path, runs: Collection[str]) -> Markup | None:
     )
 
 
-def _points(path: Path) -> Iterator[tuple[str, float, float]]:
+def _points(path: Path) -> Iterator[tuple[str, str, float, float]]:
+    """(study, run, measured, predicted) of each run that has both peaks."""
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["measured_peak_bytes"] and row["predicted_peak_bytes"]:
-                yield row["run"], float(row["measured_peak_bytes"]), float(row["predicted_peak_bytes"])
+                yield row["study"], row["run"], float(row["measured_peak_bytes"]), float(row["predicted_peak_bytes"])
 
 
 def _axes(low: float, high: float, place: Place) -> Iterator[str]:

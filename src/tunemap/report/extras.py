@@ -107,12 +107,12 @@ def _windows_of(folder: Path, point: str) -> Iterator[tuple[str, ...]]:
         yield (f"{point}, device {device['device']}", f"{whole / 1e6:,.1f}", *shares)
 
 
-def read_calibration(path: Path, runs: Mapping[str, str]) -> Calibration | None:
+def read_calibration(path: Path, study: str, runs: Mapping[str, str]) -> Calibration | None:
     """Predicted against measured peak memory, from the record in `path`; None where there is none.
 
-    The sentence speaks of every run in the file, the table of the runs of this study; `runs` says how each ended.
+    The sentence speaks of every run in the file, the table of the runs of `study`; `runs` says how each of them ended.
     """
-    rows = _read(path, ("run", "predicted_peak_bytes", "measured_peak_bytes")) if path.is_file() else []
+    rows = _read(path, ("study", "run", "predicted_peak_bytes", "measured_peak_bytes")) if path.is_file() else []
     pairs = [row for row in rows if row["predicted_peak_bytes"] and row["measured_peak_bytes"]]
     if not pairs:
         return None
@@ -122,7 +122,8 @@ def read_calibration(path: Path, runs: Mapping[str, str]) -> Calibration | None:
         f"Predicted over measured peak memory in {len(ratios)} runs: median {statistics.median(ratios):.2f}, "
         f"from {min(ratios):.2f} to {max(ratios):.2f}; {near} within {CLOSE:.0%}."
     )
-    listed = tuple(_calibration_row(row, runs[row["run"]]) for row in rows if row["run"] in runs)
+    mine = (row for row in rows if row["study"] == study and row["run"] in runs)  # studies share ids of runs
+    listed = tuple(_calibration_row(row, runs[row["run"]]) for row in mine)
     if len(listed) > MOST_ROWS:
         sentence += f" The first {MOST_ROWS} runs of this study:"
     return Calibration(sentence, listed[:MOST_ROWS])

@@ -116,8 +116,10 @@ def write_report(
             window_columns=WINDOW_COLUMNS,
             scaling=scaling_rows(records(tables.scaling), runs),
             gpu_advice=advise_on_gpus(plan, words.main_experiment(plan), _of(points, main), results_dir),
-            calibration_plot=calibration_plot(results_dir / CALIBRATION, {run["run"] for run in runs}),
-            calibration=read_calibration(results_dir / CALIBRATION, {run["run"]: run["outcome"] for run in runs}),
+            calibration_plot=calibration_plot(results_dir / CALIBRATION, plan["study"]),
+            calibration=read_calibration(
+                results_dir / CALIBRATION, plan["study"], {run["run"]: run["outcome"] for run in runs}
+            ),
             inference=[inference_row(row) for row in records(tables.inference)],
             inference_columns=INFERENCE,
             published=read_published(results_dir / "tables" / PUBLISHED),

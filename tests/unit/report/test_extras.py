@@ -34,17 +34,25 @@ def test_a_capture_that_failed_or_is_missing_has_a_row_that_says_so(tmp_path):
 def test_a_run_without_a_peak_stands_in_the_planners_table_with_its_outcome(tmp_path):
     path = tmp_path / "calibration.csv"
     path.write_text(
-        "run,predicted_peak_bytes,measured_peak_bytes\n"
-        "a,1048576,2097152\nb,3145728,\nc,,4194304\nother,1048576,1048576\n"
+        "study,run,predicted_peak_bytes,measured_peak_bytes\n"
+        "s,a,1048576,2097152\ns,b,3145728,\ns,c,,4194304\nother,a,1048576,1048576\n"
     )
-    found = read_calibration(path, {"a": "ok", "b": "oom", "c": "ok"})
+    found = read_calibration(path, "s", {"a": "ok", "b": "oom", "c": "ok"})
     assert found.sentence.startswith("Predicted over measured peak memory in 2 runs: median 0.75, from 0.50 to 1.00")
     assert [row.cells for row in found.rows] == [
         ("a", "1.0", "2.0", "0.50"),
         ("b", "3.0", "out of memory", "—"),
         ("c", "not predicted", "4.0", "—"),
     ]
-    assert read_calibration(tmp_path / "none.csv", {}) is None
+    assert read_calibration(tmp_path / "none.csv", "s", {}) is None
+
+
+def test_a_run_of_another_study_with_the_same_id_is_not_in_the_planners_table(tmp_path):
+    path = tmp_path / "calibration.csv"
+    path.write_text(
+        "study,run,predicted_peak_bytes,measured_peak_bytes\nother,a,1048576,4194304\ns,a,1048576,1048576\n"
+    )
+    assert [row.cells for row in read_calibration(path, "s", {"a": "ok"}).rows] == [("a", "1.0", "1.0", "1.00")]
 
 
 def test_scaling_rows_say_speed_up_with_interval_or_why_not():

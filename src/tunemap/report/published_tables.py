@@ -58,15 +58,20 @@ class Source:
             for experiment in plan["experiments"]
             for label, names in point_runs(plan, experiment).items()
         }
-        self._tripped: dict[str, list[str]] = {}
+        self._tripped: dict[tuple[str | None, str], list[str]] = {}  # by experiment, which a run's gate has none of
         for gate in gates:
             if str(gate["passed"]) == "False":
-                self._tripped.setdefault(str(gate["subject"]), []).append(str(gate["gate"]))
+                subject = gate["experiment"], str(gate["subject"])
+                self._tripped.setdefault(subject, []).append(str(gate["gate"]))
         self._flaws = {one["name"]: [flaw["flaw"] for flaw in one.get("flaws", [])] for one in plan["experiments"]}
 
     def runs_of(self, point: Row) -> list[Row]:
         """The runs of a point, however they ended."""
         return [self._runs[name] for name in self._names[point["experiment"], point["point"]]]
+
+    def ok_runs_of(self, point: Row) -> list[Row]:
+        """Those of them whose measurements count."""
+        return [run for run in self.runs_of(point) if run["outcome"] == "ok"]
 
     def comparison(self, point: Row) -> Row | None:
         """How a point compares with its experiment's baseline."""
@@ -74,8 +79,8 @@ class Source:
 
     def fails(self, point: Row) -> str:
         """Gates that the point's runs or its comparison fail, and the flaws that its experiment repeats."""
-        names = [gate for run in self.runs_of(point) for gate in self._tripped.get(run["run"], [])]
-        names += self._tripped.get(point["point"], [])
+        names = [gate for run in self.runs_of(point) for gate in self._tripped.get((None, run["run"]), [])]
+        names += self._tripped.get((point["experiment"], point["point"]), [])
         found = [*dict.fromkeys(names), *self._flaws.get(point["experiment"], [])]
         return ", ".join(found)
 
@@ -126,7 +131,7 @@ def cell(source: Source, table: tuple[str, str], row: str, column: str, point: R
         return base | {"text": "not in this study"}
     value, low, high = (point.get(f"{metric.column}{suffix}") for suffix in ("", "_low", "_high"))
     if value is None:
-        found = [run[metric.column] for run in source.runs_of(point) if run.get(metric.column) is not None]
+        found = [run[metric.column] for run in source.ok_runs_of(point) if run.get(metric.column) is not None]
         value = sum(found) / len(found) if found and all(isinstance(one, (int, float)) for one in found) else None
     base |= {"runs": f"{point['seeds']} of {point['runs']}", "fails": source.fails(point) or None}
     if value is None:

@@ -12,7 +12,7 @@ from tunemap.report import figures
 from tunemap.report.formats import records
 from tunemap.report.published_figures import FIGURES
 from tunemap.report.published_numbers import FILE, MEASURES, _compared, compare_published, read_numbers
-from tunemap.report.published_tables import page_tables
+from tunemap.report.published_tables import Source, page_tables
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -55,6 +55,42 @@ def test_tables_and_figures_of_the_publication_are_in_the_page(study, monkeypatc
     assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
     drawn = {one["name"] for one in json.loads((fake.results_dir / "figures" / "figures.json").read_text())}
     assert drawn & set(FIGURES[name])
+
+
+def with_ends(tmp_path, method, ended, seconds):
+    """A study of which the seeds of a method ended so, each with its time per 10k tokens; and its cells by column."""
+    fake = fake_results.write(tmp_path, seeds=len(ended), examples=20, failures=False)
+    fake.plan_path.write_text(json.dumps(fake.plan | {"report": fake.plan["report"] | {"published": "rtx"}}))
+    for seed, (outcome, value) in enumerate(zip(ended, seconds, strict=True)):
+        path = fake.outcome(f"tiny.arithmetic.{method}.seed-{seed}")
+        measurements = json.loads(path.read_text())["measurements"] | {"seconds_per_10k_tokens": value}
+        fake.edit(path, outcome=outcome, reason=f"it ended {outcome}", measurements=measurements)
+    cells = records(collect(fake.plan_path, fake.results_dir).published_tables)
+    return {one["column"]: one for one in cells if one["row"] == f"methods: {method}"}
+
+
+def test_a_cell_is_the_mean_of_the_runs_that_ended_ok(tmp_path):
+    cells = with_ends(tmp_path, "lora", ("ok", "invalid", "ok"), (1.0, 100.0, 2.0))
+    assert cells["Time per 10k tokens, s"]["value"] == 1.5
+    assert cells["Time per 10k tokens, s"]["runs"] == "2 of 3"
+
+
+def test_a_point_without_a_run_that_ended_ok_has_its_reason_for_a_number(tmp_path):
+    cells = with_ends(tmp_path, "lora", ("invalid", "oom"), (100.0, 200.0))
+    assert {one["value"] for one in cells.values()} == {None}
+    assert {one["text"] for one in cells.values()} == {"it ended invalid"}
+
+
+def test_a_gate_of_a_comparison_stands_beside_its_own_experiment_alone(tmp_path):
+    fake = fake_results.write(tmp_path, seeds=2, examples=20, failures=False)
+    plan = fake.plan
+    plan["experiments"][1] = plan["experiments"][0] | {"name": "again"}
+    fake.plan_path.write_text(json.dumps(plan))
+    tables = collect(fake.plan_path, fake.results_dir)
+    tripped = {"scope": "comparison", "experiment": "methods", "subject": "lora", "gate": "interval", "passed": False}
+    source = Source(plan, records(tables.points), records(tables.runs), records(tables.comparisons), [tripped])
+    fails = {point["experiment"]: source.fails(point) for point in source.points if point["point"] == "lora"}
+    assert fails == {"methods": "interval", "again": ""}
 
 
 def test_a_study_of_its_own_has_no_published_tables(tmp_path):

@@ -13,7 +13,7 @@ def row(gpus, tokens_per_second, *, seed=0, outcome="ok", method="lora", **facto
     measured = {"tokens_per_second": tokens_per_second, "peak_allocated_bytes": 1000.0 / gpus}
     measured["communication_bytes_per_step"] = 0 if gpus == 1 else 64
     names = {"model": "m", "dataset": "d", "method": method, "method_kind": method, "method.dropout": 0.0, "rank": 8}
-    return names | values | measured | {"outcome": outcome}
+    return names | values | measured | {"outcome": outcome, "run": f"{gpus}-{seed}-{outcome}"}
 
 
 def by_gpus(rows, mode="weak", **wanted):
@@ -78,6 +78,28 @@ def test_failed_runs_give_no_numbers_but_a_reason():
     found = by_gpus(scaling_rows([row(1, 100.0), row(2, float("nan"), outcome="oom")]))
     assert (found[2].runs, found[2].tokens_per_second, found[2].speed_up) == (0, None, None)
     assert found[2].reason == "no run ended well: oom"
+
+
+def test_a_row_knows_its_own_runs_and_no_run_of_other_factors():
+    rows = [row(n, 100.0 * n, rank=rank) | {"run": f"{n}-{rank}"} for n in (1, 2) for rank in (8, 16)]
+    rows.append(row(2, float("nan"), seed=1, outcome="oom", rank=16) | {"run": "late"})
+    found = {(r.curve, r.gpus): (r.run_ids, r.runs, r.failed) for r in scaling_rows(rows)}
+    assert found == {
+        ("lora · ddp · rank 8", 1): ("1-8", 1, 0),
+        ("lora · ddp · rank 8", 2): ("2-8", 1, 0),
+        ("lora · ddp · rank 16", 1): ("1-16", 1, 0),
+        ("lora · ddp · rank 16", 2): ("2-16;late", 1, 1),
+    }
+
+
+def test_curves_are_called_by_what_differs_between_them():
+    rows = [
+        row(n, 100.0 * n, method=m, max_length=length) for n in (1, 2) for m in ("full", "lora") for length in (64, 96)
+    ]
+    rows = [one for one in rows if (one["method"], one["max_length"]) != ("full", 96)]
+    assert list(dict.fromkeys(r.curve for r in scaling_rows(rows))) == [
+        "full · ddp", "lora · ddp · max length 64", "lora · ddp · max length 96",
+    ]  # fmt: skip
 
 
 def test_learning_rate_may_follow_the_batch_and_empty_cells_are_equal():

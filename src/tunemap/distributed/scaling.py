@@ -38,6 +38,7 @@ class ScalingRow:
     """One number of devices on one curve. Without a baseline there is no speed-up, and `reason` says why."""
 
     mode: str
+    curve: str  # what tells it from the other curves of its mode: method, strategy, and the factors that differ
     model: str
     dataset: str
     method: str
@@ -46,6 +47,8 @@ class ScalingRow:
     per_device_batch_size: int
     gradient_accumulation: int
     runs: int  # repeats that ended well
+    failed: int  # repeats that did not
+    run_ids: str  # of all repeats, joined by ;
     tokens_per_second: float | None  # geometric mean over the repeats
     speed_up: float | None
     speed_up_low: float | None  # 95 % interval; None with fewer than two repeats on either side
@@ -78,9 +81,9 @@ def scaling_curves(runs: Iterable[Mapping[str, Any]]) -> list[list[ScalingRow]]:
         curves: defaultdict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
         for run in trained:
             curves[_curve(run, mode)].append(run)
-        for curve in curves.values():
-            if len({run["gpus"] for run in curve}) > 1:
-                found.append(_points(curve, mode))
+        several = {key: curve for key, curve in curves.items() if len({run["gpus"] for run in curve}) > 1}
+        labels = _labels([dict(key) for key in several], mode)
+        found += [_points(curve, mode, label) for label, curve in zip(labels, several.values(), strict=True)]
     return found
 
 
@@ -93,22 +96,57 @@ def _device_batch_size(run: Mapping[str, Any]) -> int:
     return int(run["per_device_batch_size"]) * int(run["gradient_accumulation"])
 
 
-def _curve(run: Mapping[str, Any], mode: str) -> tuple[Any, ...]:
-    parameters = sorted((name, _known(run[name])) for name in run if name.startswith("method."))
+def _curve(run: Mapping[str, Any], mode: str) -> tuple[tuple[str, Any], ...]:
+    """Everything that the points of one curve have in common, by name."""
+    parameters = sorted(name for name in run if name.startswith("method."))
     batch = _device_batch_size(run) if mode == "weak" else global_batch_size(run)
-    return (*(_known(run.get(name)) for name in _KEYS), _known(run.get("rank")), *parameters, batch)
+    return (*((name, _known(run.get(name))) for name in (*_KEYS, "rank", *parameters)), ("batch", batch))
 
 
-def _points(curve: Sequence[Mapping[str, Any]], mode: str) -> list[ScalingRow]:
+def _labels(curves: Sequence[Mapping[str, Any]], mode: str) -> list[str]:
+    """Method, strategy, and what differs of model, dataset and batch; where that is not enough, every other factor."""
+    varying = [name for name in ("model", "dataset", "batch") if len({curve[name] for curve in curves}) > 1]
+    shown = ("method", "strategy", *varying)
+    labels = [SEPARATOR.join(_words(name, curve[name], mode) for name in shown) for curve in curves]
+    for label in {label for label in labels if labels.count(label) > 1}:
+        places = [place for place, other in enumerate(labels) if other == label]
+        names = dict.fromkeys(name for place in places for name in curves[place])
+        differing = [name for name in names if len({curves[place].get(name) for place in places}) > 1]
+        for place in places:
+            more = (_words(name, curves[place].get(name), mode) for name in differing)
+            labels[place] = SEPARATOR.join([label, *more])
+    return labels
+
+
+SEPARATOR = " · "  # in the label of a curve
+
+
+def _words(name: str, value: Any, mode: str) -> str:
+    """`lora`, `batch 8 each`, `precision bf16`, `no compile`."""
+    if name in ("model", "dataset", "method", "strategy"):
+        return str(value)
+    if name == "batch":  # what stays along a curve: the batch of a device, or that of all
+        return f"batch {value} each" if mode == "weak" else f"batch {value}"
+    words = name.removeprefix("method.").replace("_", " ")
+    if str(value) in ("True", "False"):
+        return words if str(value) == "True" else f"no {words}"
+    if value is None:
+        return f"{words} none"
+    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
+
+
+def _points(curve: Sequence[Mapping[str, Any]], mode: str, label: str) -> list[ScalingRow]:
     points: defaultdict[tuple[int, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for run in curve:
         points[tuple(int(run[name]) for name in _DEALING)].append(run)
     ones = [repeats for (gpus, *_), repeats in sorted(points.items()) if gpus == 1]
     baseline = max(ones, key=lambda repeats: len(_speeds(repeats)), default=[])
-    return [_row(repeats, mode, baseline) for _, repeats in sorted(points.items())]
+    return [_row(repeats, mode, label, baseline) for _, repeats in sorted(points.items())]
 
 
-def _row(repeats: Sequence[Mapping[str, Any]], mode: str, baseline: Sequence[Mapping[str, Any]]) -> ScalingRow:
+def _row(
+    repeats: Sequence[Mapping[str, Any]], mode: str, label: str, baseline: Sequence[Mapping[str, Any]]
+) -> ScalingRow:
     first, speeds = repeats[0], _speeds(repeats)
     gpus, strategy = int(first["gpus"]), str(first["strategy"])
     base_speeds = _speeds(baseline)
@@ -130,6 +168,7 @@ def _row(repeats: Sequence[Mapping[str, Any]], mode: str, baseline: Sequence[Map
     }
     return ScalingRow(
         mode=mode,
+        curve=label,
         model=str(first["model"]),
         dataset=str(first["dataset"]),
         method=str(first["method"]),
@@ -138,6 +177,8 @@ def _row(repeats: Sequence[Mapping[str, Any]], mode: str, baseline: Sequence[Map
         per_device_batch_size=int(first["per_device_batch_size"]),
         gradient_accumulation=int(first["gradient_accumulation"]),
         runs=len(speeds),
+        failed=len(repeats) - len(_ok(repeats)),
+        run_ids=";".join(str(run["run"]) for run in repeats),
         tokens_per_second=math.exp(sum(map(math.log, speeds)) / len(speeds)) if speeds else None,
         speed_up=speed_up[0],
         speed_up_low=speed_up[1],

@@ -48,15 +48,9 @@ class Calibration:
     columns = ("Run", "Predicted, MiB", "Measured, MiB", "Ratio")
 
 
-SCALING_POINT = ("model", "dataset", "method", "strategy", "gpus", "per_device_batch_size", "gradient_accumulation")
-
-
-def scaling_rows(rows: list[Row], runs: list[Row]) -> list[LinkedRow]:
-    """The scaling table as text; each row leads to the first of the runs that it is the mean of."""
-    first: dict[tuple[Any, ...], str] = {}
-    for run in runs:
-        first.setdefault(tuple(run[name] for name in SCALING_POINT), run["run"])
-    return [LinkedRow(first[tuple(row[name] for name in SCALING_POINT)], _scaling_cells(row)) for row in rows]
+def scaling_rows(rows: list[Row]) -> list[LinkedRow]:
+    """The scaling table as text; each row leads to the first of its runs."""
+    return [LinkedRow(row["run_ids"].split(";")[0], _scaling_cells(row)) for row in rows]
 
 
 def _scaling_cells(row: Row) -> tuple[str, ...]:
@@ -71,7 +65,7 @@ def _scaling_cells(row: Row) -> tuple[str, ...]:
 
     sent, peak = row["communication_bytes_per_step"], row["peak_allocated_bytes"]
     return (
-        f"{row['mode']}: {row['method']} · {row['strategy']}",
+        f"{row['mode']}: {row['curve']}",
         f"{row['gpus']}",
         "—" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
         interval("speed_up", 2),

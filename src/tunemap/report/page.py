@@ -114,7 +114,7 @@ def write_report(
             ],
             windows=windows(results_dir / "facts", plan, drawn),
             window_columns=WINDOW_COLUMNS,
-            scaling=scaling_rows(records(tables.scaling), runs),
+            scaling=scaling_rows(records(tables.scaling)),
             gpu_advice=advise_on_gpus(plan, words.main_experiment(plan), _of(points, main), results_dir),
             calibration_plot=calibration_plot(results_dir / CALIBRATION, plan["study"]),
             calibration=read_calibration(

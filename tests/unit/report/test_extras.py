@@ -5,7 +5,7 @@ import json
 import pandas as pd
 
 from tunemap.distributed.scaling import SCALING_COLUMNS
-from tunemap.report.extras import SCALING_POINT, LinkedRow, read_calibration, scaling_rows, windows
+from tunemap.report.extras import LinkedRow, read_calibration, scaling_rows, windows
 from tunemap.report.page import MANY_WARNINGS, _groups
 from tunemap.report.scene import Scene
 
@@ -56,17 +56,15 @@ def test_a_run_of_another_study_with_the_same_id_is_not_in_the_planners_table(tm
 
 
 def test_scaling_rows_say_speed_up_with_interval_or_why_not():
-    row = dict.fromkeys(SCALING_COLUMNS) | {"mode": "weak", "method": "lora", "strategy": "ddp", "gpus": 2}
+    row = dict.fromkeys(SCALING_COLUMNS) | {"mode": "weak", "curve": "lora · ddp", "gpus": 2, "run_ids": "a;b"}
     row |= {"tokens_per_second": 1800.0, "speed_up": 1.8, "speed_up_low": 1.7, "speed_up_high": 1.9}
     row |= {"efficiency": 0.9, "efficiency_low": 0.85, "efficiency_high": 0.95, "peak_allocated_bytes": 2**20}
     row |= {"communication_bytes_per_step": 2**19}
-    alone = row | {"speed_up": None, "efficiency": None, "reason": "no run of ddp on one device", "gpus": 4}
-    runs = [dict.fromkeys(SCALING_POINT) | {"method": "lora", "strategy": "ddp", "gpus": gpus} for gpus in (2, 2, 4)]
-    runs = [run | {"run": f"run-{number}"} for number, run in enumerate(runs)]
-    first, second = scaling_rows([row, alone], runs)
+    alone = row | {"speed_up": None, "efficiency": None, "reason": "no run of ddp on one device", "run_ids": "c"}
+    first, second = scaling_rows([row, alone])
     cells = ("weak: lora · ddp", "2", "1,800", "1.80 (1.70 to 1.90)", "90 (85 to 95)", "1.0", "0.50")
-    assert first == LinkedRow("run-0", cells)
-    assert (second.run, second.cells[3:5]) == ("run-2", ("no run of ddp on one device",) * 2)
+    assert first == LinkedRow("a", cells)
+    assert (second.run, second.cells[3:5]) == ("c", ("no run of ddp on one device",) * 2)
 
 
 def test_many_warnings_of_one_gate_share_a_line_and_fatal_ones_never_do():

@@ -11,7 +11,7 @@ from tunemap.report.scene import FAILURE_COLOUR, MARKERS, METHOD_COLOURS, Scene
 def run(gpus, tokens_per_second, *, seed=0, method="lora", strategy="ddp", outcome="ok", **factors):
     row = Factors(strategy=strategy, gpus=gpus, seed=seed).model_dump() | factors
     row |= {"model": "m", "dataset": "d", "method": method, "method_kind": method, "rank": 8, "outcome": outcome}
-    return row | {"tokens_per_second": tokens_per_second}
+    return row | {"tokens_per_second": tokens_per_second, "run": "-".join(map(str, (gpus, seed, *factors.values())))}
 
 
 def scene(*runs):
@@ -77,7 +77,12 @@ def test_curves_that_differ_in_other_factors_are_not_joined():
     runs += [run(n, 10.0 * n, per_device_batch_size=2) for n in (1, 2)]
     figure, _, _ = draw_scaling(scene(*runs))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["lora · ddp · batch 8 each (1)", "lora · ddp · batch 8 each (2)", "lora · ddp · batch 2 each"]
+    assert labels == [
+        "lora · ddp · batch 8 each · precision fp32",
+        "lora · ddp · batch 8 each · precision bf16",
+        "lora · ddp · batch 2 each",
+    ]
+    assert len({handle.get_fillstyle() for handle in figure.legends[0].get_lines()}) == 3
 
 
 def test_points_with_failed_runs_are_crossed():
@@ -89,6 +94,21 @@ def test_points_with_failed_runs_are_crossed():
     assert [cross.get_ydata()[0] for cross in crosses] == [pytest.approx(1.85, abs=0.01), 0]
     assert "A cross marks points with runs that failed (2 in all)" in caption
     assert "4 unknown with 1 failed" in alt
+
+
+def test_a_failure_crosses_no_point_of_a_curve_with_other_factors():
+    runs = [run(n, 100.0 * n, gradient_checkpointing=on) for n in (1, 2) for on in (False, True)]
+    runs[-1] |= {"outcome": "oom", "tokens_per_second": float("nan")}
+    figure, caption, alt = draw_scaling(scene(*runs))
+    assert [list(cross.get_ydata()) for cross in lines(figure.axes[0], FAILURE_COLOUR)] == [[0]]
+    assert "(1 in all)" in caption
+    assert "lora · ddp · no gradient checkpointing: 1 1.00 and 100 %, 2 2.00 and 100 %." in alt
+    assert "lora · ddp · gradient checkpointing: 1 1.00 and 100 %, 2 unknown with 1 failed" in alt
+
+
+def test_a_failed_run_on_no_curve_is_not_counted():
+    _, caption, _ = draw_scaling(scene(*REPEATS, run(8, float("nan"), outcome="oom", max_length=64)))
+    assert "failed" not in caption
 
 
 def test_without_a_baseline_on_one_device_there_is_no_figure():

@@ -81,7 +81,7 @@ DEFINITIONS: dict[str, Definition] = {
     "cost_per_10k_tokens": Definition("currency", "The same for 10,000 tokens at the measured speed.", "hardware file"),
     "cost_currency": Definition("", "Currency of the price.", "hardware file"),
     "train_loss": Definition(
-        "nats/token", "Training loss at the end: mean over the last logging window, per label token.", "model"
+        "nats/token", "Training loss at the end: mean over the last 10 steps of the loss per label token.", "model"
     ),
     "trainable_parameters": Definition("parameters", "Parameters that receive gradients.", "logical shapes"),
     "total_parameters": Definition(

@@ -53,7 +53,7 @@ OTHER_DEFINITIONS = {
     ("COL", "peak_memory_nvml"): "memory of the whole board, other programs included",
     ("COL", "peak_memory"): "a reading that the publication itself contradicts",
     ("COL", "total_params"): "4-bit weights counted as bytes",
-    ("NYU", "train_loss"): "mean over an epoch on one rank; here the last logging window on all ranks",
+    ("NYU", "train_loss"): "mean over an epoch on one rank; here the last 10 steps on all ranks",
     ("COL", "eval_loss"): "loss on the validation rows, which is not measured here",
     ("NYU", "throughput_sd"): "a ± without a definition",
     ("NYU", "step_time_sd"): "a ± without a definition",

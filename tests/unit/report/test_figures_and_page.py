@@ -20,8 +20,10 @@ from tunemap.report.command import add_figure_arguments, run_figure
 from tunemap.report.definitions import DEFINITIONS
 from tunemap.report.formats import records, signed
 from tunemap.report.point_figures import draw_accuracy, draw_memory, draw_throughput
+from tunemap.report.published_numbers import OTHER_DEFINITIONS
 from tunemap.report.scene import BASE_COLOUR, INK, MARKERS, METHOD_COLOURS, method_colours, scenes
 from tunemap.report.tradeoff_figure import draw_tradeoff
+from tunemap.training.steps import LOSS_WINDOW_STEPS
 
 SPEC = importlib.util.spec_from_file_location("fake_results", Path(__file__).parent / "fake_results.py")
 fake_results = importlib.util.module_from_spec(SPEC)
@@ -267,6 +269,11 @@ def test_text_of_a_study_cannot_break_the_page(tmp_path):
 
 def test_every_measurement_is_defined():
     assert set(MEASUREMENTS) | set(EVALUATION_DETAILS) <= set(DEFINITIONS)
+
+
+def test_the_training_loss_is_said_to_be_over_the_steps_that_it_is_over():
+    assert f"mean over the last {LOSS_WINDOW_STEPS} steps" in DEFINITIONS["train_loss"].text
+    assert f"the last {LOSS_WINDOW_STEPS} steps" in OTHER_DEFINITIONS["NYU", "train_loss"]
 
 
 # --- sentences --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 Row = dict[str, Any]
@@ -83,25 +84,29 @@ def compare_published(plan: Row, points: list[Row], runs: list[Row]) -> list[Row
     study = plan["report"].get("published")
     if study is None:
         return []
-    means = _run_means(plan, points, runs)
+    means = _run_means(plan, runs)
     rows = [_compared(number, plan, points, means) for number in read_numbers(study)]
     return sorted(rows, key=lambda row: row["not_compared"] is not None)
 
 
-def _run_means(plan: Row, points: list[Row], runs: list[Row]) -> dict[tuple[str, str], Row]:
-    """Measurements of the first run of each point that ended ok and has them, by experiment and label of the point."""
+def _run_means(plan: Row, runs: list[Row]) -> dict[tuple[str, str], dict[str, float]]:
+    """Means over the runs of each point that ended ok, by experiment and label: what the table of points leaves out."""
     from tunemap.report.scene import point_runs
 
     by_run = {row["run"]: row for row in runs}
+    columns = dict.fromkeys(measure.column for measure in MEASURES.values())
     found = {}
     for experiment in plan["experiments"]:
         for label, names in point_runs(plan, experiment).items():
             ended = [by_run[name] for name in names if by_run[name]["outcome"] == "ok"]
-            found[experiment["name"], label] = ended[0] if ended else {}
+            values = {column: [run[column] for run in ended if run.get(column) is not None] for column in columns}
+            found[experiment["name"], label] = {column: fmean(known) for column, known in values.items() if known}
     return found
 
 
-def _compared(number: dict[str, str], plan: Row, points: list[Row], means: dict[tuple[str, str], Row]) -> Row:
+def _compared(
+    number: dict[str, str], plan: Row, points: list[Row], means: dict[tuple[str, str], dict[str, float]]
+) -> Row:
     row: Row = {
         "number": number["id"],
         "source": number["source"],

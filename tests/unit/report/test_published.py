@@ -11,7 +11,7 @@ from tunemap.collect import collect
 from tunemap.report import figures
 from tunemap.report.formats import records
 from tunemap.report.published_figures import FIGURES
-from tunemap.report.published_numbers import FILE, MEASURES, _compared, compare_published, read_numbers
+from tunemap.report.published_numbers import FILE, MEASURES, _compared, _run_means, compare_published, read_numbers
 from tunemap.report.published_tables import Source, page_tables
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -154,6 +154,17 @@ def test_other_definitions_and_contradicted_numbers_are_refused():
     assert compared("N025")["not_compared"].startswith("definition: one sampled kernel")
     assert "exact_match_strict, published: exact_match_hpml" in compared("N011")["not_compared"]
     assert "answers of 1319 rows, published: 374" in compared("N011")["not_compared"]
+
+
+def test_ours_is_the_mean_of_all_runs_that_ended_ok(tmp_path):
+    fake = fake_results.write(tmp_path, seeds=3, examples=20, failures=False)
+    for seed, outcome in enumerate(("ok", "invalid", "ok")):
+        path = fake.outcome(f"tiny.arithmetic.lora.seed-{seed}")
+        measurements = json.loads(path.read_text())["measurements"] | {"step_time_mean_s": 1.0 + seed}
+        fake.edit(path, outcome=outcome, measurements=measurements)
+    means = _run_means(fake.plan, records(collect(fake.plan_path, fake.results_dir).runs))
+    assert means["methods", "lora"]["step_time_mean_s"] == 2.0
+    assert "end_allocated_bytes" not in means["methods", "lora"]  # no run has it
 
 
 def test_every_measure_is_of_a_published_metric():

@@ -137,12 +137,11 @@ def _steps_differences(folder: Path, outcome: dict[str, Any]) -> Iterator[str]:
 
 def _measurement_differences(path: Path, outcome: dict[str, Any]) -> Iterator[str]:
     """What follows from other columns of the same file."""
+    from tunemap.measure.ranks import memory_of_run
+
     values = outcome["measurements"]
-    expected: dict[str, Any] = {}
     ranks = outcome["memory_by_rank"]
-    for name in (name for name in (ranks[0] if ranks else {}) if name != "rank"):
-        found = [rank[name] for rank in ranks]
-        expected[name] = None if None in found else max(found)
+    expected: dict[str, Any] = dict(memory_of_run(ranks)) if ranks else {}
     if values.get("wall_time_s") is not None:
         parts = ("load", "compile", "estimation", "train", "checkpoint", "save", "other")
         expected["wall_time_s"] = sum(values[f"{part}_time_s"] for part in parts)

@@ -195,6 +195,21 @@ def test_a_measurement_that_follows_from_nothing_is_found_in_the_tables(study: P
     only(verify(study), str(path), "peak_allocated_bytes is 1000", "runs.csv says 2000")
 
 
+def test_the_parts_of_the_peak_follow_from_the_rank_that_has_it(study: Path) -> None:
+    path = study / "runs" / "lora" / "outcome.json"
+    outcome = json.loads(path.read_text())
+    ranks = [
+        {"rank": 0, "peak_allocated_bytes": 2000, "optimizer_bytes": 500, "activations_bytes": 1500},
+        {"rank": 1, "peak_allocated_bytes": 1800, "optimizer_bytes": 900, "activations_bytes": 900},
+    ]
+    parts = {"optimizer_bytes": 500, "activations_bytes": 1500}
+    edit(path, memory_by_rank=ranks, measurements=outcome["measurements"] | parts)
+    write_tables(study / "plan.json", study)
+    assert verify(study) == []
+    edit(path, measurements=outcome["measurements"] | parts | {"optimizer_bytes": 900})
+    only(verify(study), "optimizer_bytes is 900, the other columns give 500")
+
+
 def test_an_invalid_run_made_ok_is_found(study: Path) -> None:
     path = study / "runs" / "lora" / "outcome.json"
     edit(path, gates=[{"gate": "labels", "passed": False, "fatal": True, "message": "none left"}])

@@ -28,6 +28,7 @@ from tunemap.gates import GateResult, reason, tripped
 from tunemap.gates.measurement import mfu_bounds_gate, throughput_gate, wall_gate
 from tunemap.measure.clock import Moment
 from tunemap.measure.flops import utilisation
+from tunemap.measure.ranks import memory_of_run
 from tunemap.run import Run
 from tunemap.training import finished, parent, steps
 from tunemap.training.devices import Devices, device_kind, lease_devices
@@ -460,7 +461,7 @@ def _from_result(result: dict[str, Any], measured: list[int]) -> dict[str, Any]:
     earlier = result["earlier_parts_s"]
     parts = {name: seconds + earlier.get(name, 0.0) for name, seconds in result["parts_s"].items()}
     return {
-        **_maximum_over_ranks(result["memory"]),
+        **memory_of_run(result["memory"]),
         **{f"{name}_parameters": count for name, count in result["parameters"].items()},
         **_flops(result, measured),
         **_energy(result["energy"] or {}),
@@ -497,10 +498,3 @@ def _energy(energy: dict[str, Any]) -> dict[str, float | None]:
         "energy_per_10k_tokens_joules": 10_000 * joules / tokens if joules is not None and tokens else None,
         "power_limit_joules": energy.get("power_limit_joules"),
     }
-
-
-def _maximum_over_ranks(records: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Column by column the largest; empty where a rank does not know it."""
-    columns = [name for name in records[0] if name != "rank"]
-    values = {name: [record[name] for record in records] for name in columns}
-    return {name: None if None in known else max(known) for name, known in values.items()}

@@ -12,6 +12,7 @@ from tunemap.config import RandomModel
 from tunemap.gates.validity import gates
 from tunemap.measure import environment
 from tunemap.measure.ceiling import Ceiling, store
+from tunemap.measure.ranks import PARTS as MEMORY_PARTS
 
 from .conftest import run_once
 
@@ -125,6 +126,7 @@ def test_two_ranks_agree(train):
     assert tripped(ended) == []
     assert ended.gate("fsdp_units")["message"].startswith("0 FSDP")
     assert [record["rank"] for record in ended.outcome["memory_by_rank"]] == [0, 1]
+    assert sum(ended.measurements[name] for name in MEMORY_PARTS) == ended.measurements["peak_allocated_bytes"]
     assert "replicas" in {gate["gate"] for gate in ended.outcome["gates"]}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tunemap.config import AdapterMethod, Factors, LowRankMethod
+from tunemap.config import AdapterMethod, Factors, LowRankMethod, PeftMethod
 from tunemap.data.answers import score
 from tunemap.data.collate import collate
 from tunemap.data.tokens import Tokens, load_tokens
@@ -22,6 +22,10 @@ from tunemap.predictions import Indices, Prediction, Share, batches_of
 from tunemap.run import Run
 from tunemap.training.assemble import quantization_of
 from tunemap.training.precision import DTYPES, PRECISIONS
+
+# peft's methods whose virtual tokens stand in the input: padding on the left would come between them and the prompt,
+# and peft drops the position ids that would close the gap. Behind them it hides padding on the right from a classifier.
+UNPADDED = ("PROMPT_TUNING", "P_TUNING")
 
 
 def evaluate_share(
@@ -45,7 +49,8 @@ def evaluate_share(
     model = load_trained(run, model_folder, weights_folder, num_labels=len(tokens.label_names) or None, device=device)
     model.eval()
     batch_size = run.factors.evaluation_batch_size
-    batches = batches_of(tokens.test.lengths, batch_size, rank=rank, world_size=world_size)
+    unpadded = isinstance(run.method, PeftMethod) and run.method.type in UNPADDED
+    batches = batches_of(tokens.test.lengths, batch_size, rank=rank, world_size=world_size, unpadded=unpadded)
     answer: Callable[[Indices], dict[int, Prediction]] = partial(_classify, model, tokens, device)
     limit, gates = None, []
     if tokens.task_kind == "generation":

@@ -1,7 +1,8 @@
 """What a model answered to the test examples: how they are dealt out to processes, put together again and summarised.
 
-Examples of like length share a batch. Batches are cut from all examples first and dealt out whole afterwards: padding
-is then the same whatever the number of processes, and so is each answer. Imports no torch.
+Examples of like length share a batch, of equal length where a method bears no padding. Batches are cut from all
+examples first and dealt out whole afterwards: padding is then the same whatever the number of processes, and so is each
+answer. Imports no torch.
 """
 
 from __future__ import annotations
@@ -58,13 +59,18 @@ def share_from_json(values: dict[str, Any]) -> Share:
     return Share(predictions, values["max_new_tokens"], gates, values["seconds"])
 
 
-def batches_of(lengths: npt.ArrayLike, batch_size: int, *, rank: int, world_size: int) -> list[Indices]:
+def batches_of(
+    lengths: npt.ArrayLike, batch_size: int, *, rank: int, world_size: int, unpadded: bool = False
+) -> list[Indices]:
     """The batches of one process: every `world_size`-th of all, so that long and short ones are dealt out evenly.
 
-    `lengths`: tokens of each test example. A batch holds places of examples in the test split, shortest first.
+    `lengths`: tokens of each test example. A batch holds places of examples in the test split, shortest first; with
+    `unpadded`, only examples of one length.
     """
-    order = np.argsort(np.asarray(lengths), kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    known = np.asarray(lengths)
+    order = np.argsort(known, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(known[order])) + 1) if unpadded else [order]
+    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
     return batches[rank::world_size]
 
 

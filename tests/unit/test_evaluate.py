@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tunemap import corpora, evaluate, evaluation
-from tunemap.config import DatasetConfig, Factors, FullMethod, LoraMethod, QloraMethod, RandomModel
+from tunemap.config import DatasetConfig, Factors, FullMethod, LoraMethod, PeftMethod, QloraMethod, RandomModel
 from tunemap.data.sources import prepare as prepare_dataset
 from tunemap.data.tokens import Tokens, load_tokens, tokenize
 from tunemap.distributed.world import World
@@ -23,6 +23,7 @@ from tunemap.evaluate import evaluate_share, load_trained
 from tunemap.evaluation import evaluate_to_files
 from tunemap.files import read_json, write_json
 from tunemap.methods.apply import apply_method
+from tunemap.methods.peft_types import apply_peft, build_config
 from tunemap.models import prepare as prepare_model
 from tunemap.models.loading import load_model, load_tokenizer
 from tunemap.predictions import Share, batches_of, combine, share_from_json
@@ -240,13 +241,23 @@ def test_classification_is_the_same_in_any_batch(root):
 # --- several processes ------------------------------------------------------------------------------------
 
 
-@given(lengths=st.lists(st.integers(1, 9), max_size=40), batch_size=st.integers(1, 7), world_size=st.integers(1, 9))
-def test_processes_share_the_batches_of_one_process(lengths, batch_size, world_size):
-    whole = [batch.tolist() for batch in batches_of(lengths, batch_size, rank=0, world_size=1)]
-    shared = [batches_of(lengths, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+@given(
+    lengths=st.lists(st.integers(1, 9), max_size=40),
+    batch_size=st.integers(1, 7),
+    world_size=st.integers(1, 9),
+    unpadded=st.booleans(),
+)
+def test_processes_share_the_batches_of_one_process(lengths, batch_size, world_size, unpadded):
+    def dealt(rank: int, world_size: int) -> list[list[int]]:
+        batches = batches_of(lengths, batch_size, rank=rank, world_size=world_size, unpadded=unpadded)
+        return [batch.tolist() for batch in batches]
+
+    whole, shared = dealt(0, 1), [dealt(rank, world_size) for rank in range(world_size)]
     assert sorted(place for batch in whole for place in batch) == list(range(len(lengths)))
-    assert sorted(batch.tolist() for batches in shared for batch in batches) == sorted(whole)
+    assert sorted(batch for batches in shared for batch in batches) == sorted(whole)
     assert max(map(len, shared)) - min(map(len, shared)) <= 1
+    assert all(0 < len(batch) <= batch_size for batch in whole)
+    assert not unpadded or all(len({lengths[place] for place in batch}) == 1 for batch in whole)
 
 
 @pytest.mark.parametrize("processes", [2, 4, 5])
@@ -291,7 +302,6 @@ def load(root: Path, run: Run) -> nn.Module:
 
 
 def trained(root: Path, run: Run) -> nn.Module:
-    """A model whose every trainable weight has moved, as after some training."""
     precision = PRECISIONS[run.factors.precision]
     model = apply_method(
         load(root, run),
@@ -301,6 +311,11 @@ def trained(root: Path, run: Run) -> nn.Module:
         adapter_dtype=DTYPES[run.method.adapter_dtype] if isinstance(run.method, LoraMethod) else None,
         seed=run.factors.seed,
     )
+    return moved(model)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """A model whose every trainable weight has moved, as after some training."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -356,6 +371,19 @@ def test_a_saved_run_gives_the_logits_of_the_model_in_memory(root, tmp_path, kin
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" in name:
             assert stored[name].dtype == parameter.dtype
+
+
+@pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"])
+def test_answers_behind_virtual_tokens_do_not_depend_on_batches_or_processes(root, tmp_path, peft_type):
+    method = PeftMethod(kind="peft", type=peft_type, parameters={"num_virtual_tokens": 5})
+    run = run_of(method=method, evaluation_batch_size=1)
+    base = load(root, run)
+    config = build_config(peft_type, method.parameters, model=base, task_type="CAUSAL_LM")
+    save_weights(moved(apply_peft(base, config)), run, root / "qwen2", tmp_path / "weights", WORLD)
+    _, alone = evaluated(root, run, tmp_path / "weights")
+    assert len({prediction.output for prediction in alone}) > 1
+    shares = shares_of(root, run_of(method=method, evaluation_batch_size=13), tmp_path / "weights", processes=2)
+    assert combine(shares, load_tokens(root / "generation"))[1] == alone
 
 
 def test_a_saved_run_is_evaluated_without_the_model_in_memory(root, tmp_path):

@@ -106,6 +106,7 @@ def _generate(
 ) -> dict[int, Prediction]:
     """Greedy generation, left-padded so that all prompts of the batch end where generation begins."""
     input_ids, attention_mask = _left_padded([tokens.test.sequence(i) for i in indices], tokens.pad_token_id, device)
+    ends = ends_of(model, tokens)
     generated = model.generate(  # type: ignore[operator]
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -113,15 +114,26 @@ def _generate(
         do_sample=False,
         num_beams=1,
         use_cache=True,
-        eos_token_id=tokens.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokens.pad_token_id,
-    )[:, input_ids.shape[1] :]
-    ended = (generated == tokens.eos_token_id).any(dim=1).tolist()
-    texts = tokenizer.batch_decode(_until_end(generated, tokens), skip_special_tokens=True)
+    )[:, input_ids.shape[1] :].tolist()
+    answers = [_until_end(row, ends) for row in generated]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return {
-        index: _scored(tokens, index, text, extraction=factors.extraction, truncated=not end)
-        for index, text, end in zip(indices.tolist(), texts, ended, strict=True)
+        index: _scored(tokens, index, text, extraction=factors.extraction, truncated=len(answer) == len(row))
+        for index, text, answer, row in zip(indices.tolist(), texts, answers, generated, strict=True)
     }
+
+
+def ends_of(model: Any, tokens: Tokens) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and what else the model's generation_config names.
+
+    Training ends answers with the tokenizer's alone, while a chat model as published may end them with another
+    (Qwen2.5-Instruct names two, Llama 3 three). Trained or not, a model stops at all of them.
+    """
+    named: int | list[int] | None = model.generation_config.eos_token_id
+    ends = [tokens.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({end for end in ends if end is not None})
 
 
 def _scored(tokens: Tokens, index: int, text: str, *, extraction: str, truncated: bool) -> Prediction:
@@ -141,11 +153,8 @@ def _scored(tokens: Tokens, index: int, text: str, *, extraction: str, truncated
     )
 
 
-def _until_end(generated: torch.Tensor, tokens: Tokens) -> list[list[int]]:
-    rows = []
-    for row in generated.tolist():
-        rows.append(row[: row.index(tokens.eos_token_id)] if tokens.eos_token_id in row else row)
-    return rows
+def _until_end(row: list[int], ends: list[int]) -> list[int]:
+    return row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
 
 
 def _left_padded(sequences: list[Any], pad_token_id: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,13 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GenerationConfig
 
 from tunemap import corpora, evaluate, evaluation
 from tunemap.config import DatasetConfig, Factors, FullMethod, LoraMethod, PeftMethod, QloraMethod, RandomModel
 from tunemap.data.sources import prepare as prepare_dataset
 from tunemap.data.tokens import Tokens, load_tokens, tokenize
 from tunemap.distributed.world import World
-from tunemap.evaluate import evaluate_share, load_trained
+from tunemap.evaluate import ends_of, evaluate_share, load_trained
 from tunemap.evaluation import evaluate_to_files
 from tunemap.files import read_json, write_json
 from tunemap.methods.apply import apply_method
@@ -160,6 +161,7 @@ class Scripted(nn.Module):
         super().__init__()
         self.answers = {tuple(tokens.test.sequence(index).tolist()): ids for index, ids in answers.items()}
         self.seen: list[dict[str, Any]] = []
+        self.generation_config = GenerationConfig(eos_token_id=tokens.eos_token_id)
 
     def generate(self, *, input_ids, attention_mask, **options):
         self.seen.append(options | {"shape": tuple(input_ids.shape)})
@@ -211,6 +213,28 @@ def test_an_answer_without_an_end_is_truncated(root, scripted):
     summary, predictions, _ = scripted(["one"] * 13, end=False)
     assert all(prediction.truncated for prediction in predictions)
     assert summary["truncated_share"] == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_ends_at_each_token_that_the_model_names_as_an_end(root, monkeypatch, several):
+    tokens, tokenizer = load_tokens(root / "generation"), load_tokenizer(root / "qwen2")
+    one, end, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one", "<|im_start|>", "two"))
+    model = Scripted(tokens, dict.fromkeys(range(13), one + end + two))
+    model.generation_config.eos_token_id = [*end, tokens.eos_token_id] if several else end[0]
+    monkeypatch.setattr(evaluate, "load_trained", lambda *arguments, **options: model)
+    _, predictions = evaluated(root, run_of(evaluation_batch_size=4))
+    assert {(prediction.output, prediction.truncated) for prediction in predictions} == {("one", False)}
+    assert all(set(call["eos_token_id"]) == {*end, tokens.eos_token_id} for call in model.seen)
+
+
+@pytest.mark.parametrize("named", [None, [2, 7]])
+def test_a_trained_model_ends_answers_where_its_base_does(root, tmp_path, named):
+    run, tokens = run_of(method=FullMethod(kind="full")), load_tokens(root / "generation")
+    model: Any = trained(root, run)
+    model.generation_config.eos_token_id = named
+    save_weights(model, run, root / "qwen2", tmp_path / "weights", WORLD)
+    again = load_trained(run, root / "qwen2", tmp_path / "weights", num_labels=None, device="cpu")
+    assert ends_of(again, tokens) == ends_of(model, tokens) == sorted({tokens.eos_token_id, *(named or [])})
 
 
 def test_prompts_of_like_length_go_together_and_decoding_is_greedy(root, scripted):

@@ -29,6 +29,7 @@ from tunemap.training import finished, parent
 from tunemap.training.devices import Devices, lease_devices
 from tunemap.training.failure import Failure, describe, how_it_ended, is_of_storage, leave_failure, read_failures
 from tunemap.training.heartbeat import Heartbeat, Watchdog
+from tunemap.training.hostmemory import explained, oom_kills
 from tunemap.training.launch import worker_environment
 
 POLL_SECONDS = 0.05
@@ -46,8 +47,12 @@ def evaluate_to_files(
     weights: Path,
     evaluation: Path,
     predictions: Path,
+    attempts_left: int = 0,
 ) -> None:
-    """Evaluate and write evaluation.json and predictions.jsonl; a failure is written there too, with its reason."""
+    """Evaluate and write evaluation.json and predictions.jsonl; a failure is written there too, with its reason.
+
+    Raises UserError where the disk is at fault, and HostMemoryError where another attempt gets more memory.
+    """
     trained = _undamaged(outcome, weights)
     result: dict[str, Any] = {
         "run": run.id,
@@ -65,7 +70,10 @@ def evaluate_to_files(
         work = evaluation.parent / "unfinished"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        kills = oom_kills()
         failure = _run_processes(run, device, model=model, tokens=tokens, weights=weights, work=work)
+        if failure is not None:
+            failure = explained(failure, kills=oom_kills() - kills, attempts_left=attempts_left)
         if failure is None:
             summary, rows = _combined(run, work, tokens)
             result |= summary

@@ -1,5 +1,6 @@
 """Evaluation: padding and batches change nothing, every row gets its prediction, and weights come back as they were."""
 
+import itertools
 import json
 import sys
 import time
@@ -31,6 +32,7 @@ from tunemap.predictions import Share, batches_of, combine, share_from_json
 from tunemap.run import Run, RunMethod
 from tunemap.statistics import wilson
 from tunemap.training.assemble import quantization_of
+from tunemap.training.hostmemory import HostMemoryError
 from tunemap.training.precision import DTYPES, PRECISIONS
 from tunemap.training.weights import save_weights
 
@@ -420,7 +422,9 @@ def test_a_saved_run_is_evaluated_without_the_model_in_memory(root, tmp_path):
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def to_files(root: Path, folder: Path, run: Run, **outcome: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def to_files(
+    root: Path, folder: Path, run: Run, *, attempts_left: int = 0, **outcome: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     write_json(folder / "outcome.json", {"digest": run.training_digest, "outcome": "ok"} | outcome)
     evaluate_to_files(
         run,
@@ -431,6 +435,7 @@ def to_files(root: Path, folder: Path, run: Run, **outcome: Any) -> tuple[dict[s
         weights=folder / "weights",
         evaluation=folder / "evaluation.json",
         predictions=folder / "predictions.jsonl",
+        attempts_left=attempts_left,
     )
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     return read_json(folder / "evaluation.json"), rows
@@ -510,3 +515,18 @@ def test_a_process_that_dies_or_hangs_ends_the_evaluation_with_its_reason(root, 
     assert (result["outcome"], result["reason"], rows) == ("error", reason, [])
     for rank in (0, 1):
         assert not psutil.pid_exists(int((tmp_path / f"pid{rank}").read_text()))
+
+
+def test_a_process_killed_for_want_of_memory_is_tried_again_while_there_is_another_attempt(root, tmp_path, monkeypatch):
+    die = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(evaluation, "_command", lambda *_: [sys.executable, "-c", die])
+    kills = itertools.count()
+    monkeypatch.setattr(evaluation, "oom_kills", lambda: next(kills))
+    with pytest.raises(HostMemoryError, match=r"host memory.*; 1 more attempts"):
+        to_files(root, tmp_path, run_of(), attempts_left=1)
+    assert not (tmp_path / "evaluation.json").exists()
+    result, rows = to_files(root, tmp_path, run_of())
+    reason = "host memory: the system ended a process for want of it"
+    assert (result["outcome"], result["reason"], rows) == ("error", reason, [])
+    monkeypatch.setattr(evaluation, "oom_kills", lambda: 0)  # somebody else's SIGKILL
+    assert "SIGKILL" in to_files(root, tmp_path, run_of(), attempts_left=1)[0]["reason"]

@@ -61,6 +61,7 @@ rule evaluate:
     resources:
         gpu=evaluation_gpus,
         mem_mb=evaluation_mem_mb,
+        attempts_left=attempts_left,
     params:
         source=source_digest("evaluate_run"),
         spec=evaluation_spec,
@@ -69,5 +70,5 @@ rule evaluate:
         "HF_HUB_OFFLINE=1 python {input.script} --spec {params.spec:q} --device {params.device}"
         " --model {input.model} --tokens {input.tokens}"
         " --outcome {input.outcome} --weights {input.weights}"
-        " --work results/{wildcards.study}/unfinished/{wildcards.run}"
+        " --work results/{wildcards.study}/unfinished/{wildcards.run} --attempts-left {resources.attempts_left}"
         " --evaluation {output.evaluation} --predictions {output.predictions} >{log} 2>&1"

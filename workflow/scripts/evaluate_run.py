@@ -7,9 +7,10 @@ from tunemap.evaluation import evaluate_to_files
 from tunemap.run import Run
 from tunemap.script import run_script
 from tunemap.training import finished
+from tunemap.training.hostmemory import TRY_AGAIN, HostMemoryError
 
 
-def main() -> None:
+def main() -> int:
     """Read the command line and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="JSON of the run, as `tunemap plan --json` prints it")
@@ -21,9 +22,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the finished training, not needed any more")
     parser.add_argument("--evaluation", type=Path, required=True, help="json file to write: accuracy and its interval")
     parser.add_argument("--predictions", type=Path, required=True, help="jsonl file to write: each test example")
+    parser.add_argument(
+        "--attempts-left", type=int, default=0, help="how often this is started again if host memory runs out"
+    )
     values = vars(parser.parse_args())
     finished.forget(values.pop("work"))
-    evaluate_to_files(Run.from_json(values.pop("spec")), **values)
+    try:
+        evaluate_to_files(Run.from_json(values.pop("spec")), **values)
+    except HostMemoryError as error:
+        print(error, flush=True)
+        return TRY_AGAIN
+    return 0
 
 
 if __name__ == "__main__":

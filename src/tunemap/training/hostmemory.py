@@ -1,10 +1,32 @@
-"""How often the kernel has ended a process of this job for want of host memory: what a bare SIGKILL does not say."""
+"""Whether the kernel has ended a process of this job for want of host memory, which a bare SIGKILL does not say."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
+from tunemap.training.failure import Failure
+
 CGROUPS = Path("/sys/fs/cgroup")
+TRY_AGAIN = os.EX_TEMPFAIL  # exit code where another attempt, with more memory, may help
+
+
+class HostMemoryError(Exception):
+    """The kernel ended a process of the run for want of host memory, of which the next attempt gets more."""
+
+
+def explained(failure: Failure, *, kills: int, attempts_left: int) -> Failure:
+    """The failure, named after host memory where a process was killed and the kernel says that it was so `kills` times.
+
+    Raises HostMemoryError in place of that if there is another attempt.
+    """
+    if kills == 0 or "SIGKILL" not in failure.reason:
+        return failure
+    reason = "host memory: the system ended a process for want of it"
+    if attempts_left > 0:
+        raise HostMemoryError(f"{reason}; {attempts_left} more attempts, with more memory")
+    return replace(failure, outcome="oom", reason=reason)
 
 
 def oom_kills(membership: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> int:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from tunemap.training.failure import (
     read_failures,
 )
 from tunemap.training.heartbeat import STOP, Watchdog
-from tunemap.training.hostmemory import oom_kills
+from tunemap.training.hostmemory import TRY_AGAIN, HostMemoryError, explained, oom_kills
 from tunemap.training.lease import hold
 
 GRACE_SECONDS = 10.0  # between asking processes to end and ending them
@@ -52,7 +52,6 @@ END_LIMIT_S = 60.0  # between the result of a run and the end of its processes
 STOP_LIMIT_S = 100.0  # between the first signal to stop and the checkpoint; a scheduler warns 120 s before its limit
 RESUMES = "the run resumes from its last checkpoint"
 RESUMABLE = ("error", "timeout")  # a repetition may end better; out of memory or no number, it would fail again
-TRY_AGAIN = os.EX_TEMPFAIL  # exit code where another attempt, with more memory, may help
 # glibc gives the memory of every large tensor back to the system and asks for it again in the next step, which then
 # clears it page by page: about a fifth of a small model's step, little of a large one's. These two variables keep it
 # (mallopt(3)).
@@ -95,10 +94,6 @@ class StoppedError(Exception):
         self.signal_number = signal_number
 
 
-class HostMemoryError(Exception):
-    """The kernel ended a process of the run for want of host memory, of which the next attempt gets more."""
-
-
 def launch(run: Run, paths: Paths, *, device: str, attempts_left: int = 0) -> int:
     """Train `run` and write its outcome; returns the exit code.
 
@@ -135,7 +130,7 @@ def _launch(run: Run, paths: Paths, device: str, attempts_left: int) -> int:
         paths.outcome.unlink(missing_ok=True)
         return 128 + stopped.signal_number
     except HostMemoryError as error:
-        print(f"{error}; {attempts_left} more attempts, with more memory", flush=True)
+        print(error, flush=True)
         paths.outcome.unlink(missing_ok=True)
         return TRY_AGAIN
     except Exception as error:
@@ -211,10 +206,8 @@ def _train(run: Run, paths: Paths, devices: Devices, attempts_left: int = 0) -> 
     if stop.signal_number is not None and not (paths.work / RESULT).exists():
         raise StoppedError(stop.signal_number)
     failure = overdue or _failure(paths.work, code)
-    if failure and "SIGKILL" in failure.reason and oom_kills() > kills:
-        failure = replace(failure, outcome="oom", reason="host memory: the system ended a process for want of it")
-        if attempts_left > 0:
-            raise HostMemoryError(failure.reason)
+    if failure is not None:
+        failure = explained(failure, kills=oom_kills() - kills, attempts_left=attempts_left)
     return Ended(failure, wall_s, started_at)
 
 

@@ -23,6 +23,11 @@ UNKNOWN_MODEL_BYTES = 4 << 30  # before the model is prepared
 SAFETY = 1.5  # a prediction is off by so much now and then; a limit that is too short costs more than one too long
 LOAD_MINUTES = 20.0  # for all that is not training: loading, compiling, saving
 UNKNOWN_TRAINING_MINUTES = 220.0  # where nothing is predicted
+# What jobs take that are as short as evaluating a small model; as much as the profile gives where a rule says nothing.
+SHORT_JOB_MINUTES = 120.0
+UNKNOWN_TEST_ROWS = 2000
+PASS_SECONDS = 0.1  # from token to token of a batch: some billions of parameters, 4 bits and an adapter on a GPU
+CPU_FLOPS_PER_SECOND = 10e9  # of one core, in matrix products
 STEP_DOWN_S = 120  # before its time limit a job is told to write a checkpoint
 
 
@@ -63,6 +68,18 @@ def training_minutes(run: Run, *, predicted: Prediction | None, attempt: int) ->
     if run.factors.time_limit_minutes is not None:
         training = min(training, run.factors.time_limit_minutes)
     return math.ceil((training + LOAD_MINUTES) * attempt)
+
+
+def evaluation_minutes(run: Run, *, device: str, model_bytes: int | None, attempt: int) -> int:
+    """Time limit of an evaluation job: as if no answer ended before its limit, × safety × attempt."""
+    factors = run.factors
+    rows = math.ceil((run.dataset.test_rows or UNKNOWN_TEST_ROWS) / gpus_per_node(run))
+    new_tokens = (factors.max_new_tokens or factors.max_length) if run.task_kind == "generation" else 1
+    seconds = math.ceil(rows / factors.evaluation_batch_size) * new_tokens * PASS_SECONDS
+    if device == "cpu" and model_bytes is not None:  # 2 FLOPs per weight and token, prompts too; 2 to 4 bytes a weight
+        flops = rows * (factors.max_length + new_tokens) * model_bytes
+        seconds += flops / (CPU_FLOPS_PER_SECOND * factors.threads_per_process)
+    return math.ceil(max(SHORT_JOB_MINUTES, SAFETY * seconds / 60 + LOAD_MINUTES) * attempt)
 
 
 def prepared_bytes(folder: Path) -> int | None:

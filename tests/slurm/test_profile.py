@@ -22,6 +22,8 @@ def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
     ]
     study = STUDY | {"hardware": {"device": "cuda"}, "experiments": experiments}
     checkout = make_checkout(repository, tmp_path / "checkout", study)
+    profile = checkout.root / "profiles" / "slurm" / "config.yaml"
+    profile.write_text(profile.read_text().replace("runtime: 120 ", "runtime: 7 "))  # of rules that say nothing
     done = subprocess.run(
         SLURM_DRY_RUN,
         cwd=checkout.root,
@@ -50,7 +52,12 @@ def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
         "mpi": "srun",
     }
     assert "gpu" not in several
-    assert asked["evaluate", name]["gpu"] == "4"
+    assert {key: asked["evaluate", name][key] for key in ("gpu", "runtime", "attempts_left")} == {
+        "gpu": "4",
+        "runtime": "120",
+        "attempts_left": "1",
+    }
+    assert kernels["runtime"] == "7"
     assert asked["train", "small.arithmetic.base"]["gpu"] == "0"
 
 

@@ -60,6 +60,29 @@ def test_no_more_time_is_asked_for_than_the_run_may_take():
     assert requests.training_minutes(run, predicted=None, attempt=1) == 25  # whole minutes, rounded up
 
 
+def _evaluation(run, *, device="cuda", model_bytes=None, attempt=1) -> int:
+    return requests.evaluation_minutes(run, device=device, model_bytes=model_bytes, attempt=attempt)
+
+
+def test_time_of_an_evaluation_grows_with_batches_answers_and_attempt():
+    rows = make_run({"kind": "full"}).dataset.test_rows
+    slow = {"evaluation_batch_size": 1, "max_new_tokens": 10_000}
+    one = make_run({"kind": "full"}, **slow)
+    minutes = requests.SAFETY * rows * 10_000 * requests.PASS_SECONDS / 60 + requests.LOAD_MINUTES
+    assert _evaluation(one) == pytest.approx(minutes, abs=1)
+    assert _evaluation(one, attempt=2) == pytest.approx(2 * minutes, abs=1)
+    assert _evaluation(make_run({"kind": "full"}, strategy="ddp", gpus=2, **slow)) < _evaluation(one)
+    assert _evaluation(make_run({"kind": "full"})) == requests.SHORT_JOB_MINUTES
+    assert _evaluation(make_run({"kind": "full"}), attempt=2) == 2 * requests.SHORT_JOB_MINUTES
+
+
+def test_a_cpu_gets_more_time_to_evaluate_a_larger_model():
+    run = make_run({"kind": "full"}, max_new_tokens=500)
+    assert _evaluation(run, model_bytes=100 * GIB) == _evaluation(run)
+    assert _evaluation(run, device="cpu") == _evaluation(run)  # before the model is prepared
+    assert _evaluation(run, device="cpu", model_bytes=100 * GIB) > _evaluation(run)
+
+
 def test_the_size_of_a_model_is_known_once_it_is_prepared(tmp_path):
     assert requests.prepared_bytes(tmp_path / "missing") is None
     for name, size in (("model-1.safetensors", 10), ("model-2.safetensors", 5), ("config.json", 99)):

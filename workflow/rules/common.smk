@@ -248,6 +248,15 @@ def evaluation_mem_mb(wildcards, attempt):
     )
 
 
+def evaluation_runtime(wildcards, attempt):
+    return requests.evaluation_minutes(
+        PLAN.runs[wildcards.run],
+        device=scheduled_device(),
+        model_bytes=model_bytes(wildcards),
+        attempt=attempt,
+    )
+
+
 def attempts_left(wildcards, attempt):
     """How often a job is submitted again if this attempt fails."""
     retries = os.environ.get(RETRIES, workflow.execution_settings.retries)

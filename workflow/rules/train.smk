@@ -61,6 +61,7 @@ rule evaluate:
     resources:
         gpu=evaluation_gpus,
         mem_mb=evaluation_mem_mb,
+        runtime=evaluation_runtime,
         attempts_left=attempts_left,
     params:
         source=source_digest("evaluate_run"),

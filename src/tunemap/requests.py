@@ -82,6 +82,11 @@ def evaluation_minutes(run: Run, *, device: str, model_bytes: int | None, attemp
     return math.ceil(max(SHORT_JOB_MINUTES, SAFETY * seconds / 60 + LOAD_MINUTES) * attempt)
 
 
+def inference_minutes(*, attempt: int) -> int:
+    """Time limit of measuring inference: some dozens of short calls for each of a few forms; × attempt."""
+    return math.ceil(SHORT_JOB_MINUTES * attempt)
+
+
 def prepared_bytes(folder: Path) -> int | None:
     """Size of a prepared model's weights in bytes; None before it is prepared."""
     sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]

@@ -17,7 +17,7 @@ NODES = {"strategy": "ddp", "gpus": 8, "nodes": 2, "threads_per_process": 3}
 def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
     experiments = [
         {"name": "one", "question": "?", "fixed": {"method": "full", "time_limit_minutes": 100.0}}
-        | {"profile": "auto", "roofline": True},
+        | {"profile": "auto", "roofline": True, "inference": True},
         {"name": "nodes", "question": "?", "fixed": {"method": "lora"} | NODES},
     ]
     study = STUDY | {"hardware": {"device": "cuda"}, "experiments": experiments}
@@ -57,6 +57,7 @@ def test_jobs_ask_for_what_their_runs_need(repository, tmp_path):
         "runtime": "120",
         "attempts_left": "1",
     }
+    assert next(needed["runtime"] for (rule, _), needed in asked.items() if rule == "measure_inference") == "120"
     assert kernels["runtime"] == "7"
     assert asked["train", "small.arithmetic.base"]["gpu"] == "0"
 

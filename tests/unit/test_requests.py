@@ -83,6 +83,10 @@ def test_a_cpu_gets_more_time_to_evaluate_a_larger_model():
     assert _evaluation(run, device="cpu", model_bytes=100 * GIB) > _evaluation(run)
 
 
+def test_time_to_measure_inference_grows_with_the_attempt():
+    assert requests.inference_minutes(attempt=2) == 2 * requests.inference_minutes(attempt=1)
+
+
 def test_the_size_of_a_model_is_known_once_it_is_prepared(tmp_path):
     assert requests.prepared_bytes(tmp_path / "missing") is None
     for name, size in (("model-1.safetensors", 10), ("model-2.safetensors", 5), ("config.json", 99)):

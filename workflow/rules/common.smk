@@ -257,6 +257,10 @@ def evaluation_runtime(wildcards, attempt):
     )
 
 
+def inference_runtime(wildcards, attempt):
+    return requests.inference_minutes(attempt=attempt)
+
+
 def attempts_left(wildcards, attempt):
     """How often a job is submitted again if this attempt fails."""
     retries = os.environ.get(RETRIES, workflow.execution_settings.retries)

@@ -18,6 +18,7 @@ rule measure_inference:
     resources:
         gpu=evaluation_gpus,
         mem_mb=evaluation_mem_mb,
+        runtime=inference_runtime,
         timed_run=1,
     params:
         source=source_digest("measure_inference"),

@@ -5,7 +5,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test slurm-campaign studies lint format bench peers gpu-check gpu-bench fuzz chaos resume clean
+.PHONY: help install demo test slurm-campaign studies lint format bench peers peers-install gpu-check gpu-bench fuzz chaos resume clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -61,8 +61,10 @@ bench: install ## print what the instruments cost, GoRA beside LoRA, planned bes
 	python benchmarks/alternatives.py
 	python benchmarks/startup.py --peers trainer
 
-peers: install ## race the training loop against TRL, the Trainer, PEFT's loop and optimum-benchmark (an hour)
+peers-install: install ## make the environments of the training loops to race against; needs the network
 	python benchmarks/peers.py --install
+
+peers: peers-install ## race the training loop against TRL, the Trainer, PEFT's loop and optimum-benchmark (an hour)
 	python benchmarks/peers.py
 
 gpu-check: install ## run every test that needs a CUDA device, and say so where there is none
@@ -73,7 +75,6 @@ gpu-bench: install ## the waterfall of settings and the race against the peers o
 	tunemap ceiling
 	python benchmarks/lean_step.py --device cuda --output benchmarks/results/lean-step-cuda.json
 	python benchmarks/waterfall.py --device cuda --output benchmarks/results/waterfall-cuda.json
-	python benchmarks/peers.py --install
 	python benchmarks/peers.py --device cuda --output benchmarks/results/peers-cuda.json
 	python benchmarks/performance.py
 

@@ -25,7 +25,8 @@ from tunemap.training.launch import KEEP_FREED_MEMORY
 HERE = Path(__file__).resolve().parent
 
 OWN, RECOMMENDED = "tunemap", "tunemap, recommended"
-PEFT_URL = "https://github.com/huggingface/peft"
+PEFT_URL, PEFT_REPOSITORY = "https://github.com/huggingface/peft", "peft-repository"  # and where its clone lies
+NOT_INSTALLED = "not installed; make peers-install"
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,28 @@ def install(environments: Path, names: list[str]) -> None:
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
         pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, "torch==2.13.0", "numpy", *requirements], check=True)
-    repository = environments / "peft-repository"
+    repository = environments / PEFT_REPOSITORY
     if "peft" in names and not repository.exists():
         cloned = subprocess.run(["git", "clone", "--quiet", "--depth=1", PEFT_URL, repository])
         if cloned.returncode:
             sys.exit(f"no {PEFT_URL} from here; put a clone of it at {repository}, or leave out peft with --peers")
 
 
+def is_installed(name: str, environments: Path) -> bool:
+    """Whether what a contestant starts from is there; what an environment lacks, its start tells."""
+    needed = [_python_of(name, environments), *([environments / PEFT_REPOSITORY] if name == "peft" else [])]
+    return all(path.exists() for path in needed)
+
+
 def command_of(name: str, folder: Path, result: Path, environments: Path) -> list[str | Path]:
     """What starts a contestant on the workload in `folder`."""
     contestant = CONTESTANTS[name]
-    python = environments / name / "bin" / "python" if contestant.requirements else Path(sys.executable)
-    return [python, HERE / "contestants" / contestant.script, folder, result, *contestant.arguments]
+    script = HERE / "contestants" / contestant.script
+    return [_python_of(name, environments), script, folder, result, *contestant.arguments]
+
+
+def _python_of(name: str, environments: Path) -> Path:
+    return environments / name / "bin" / "python" if CONTESTANTS[name].requirements else Path(sys.executable)
 
 
 def environment_of(name: str, work: Workload, environments: Path, *, everywhere: bool = False) -> dict[str, str]:
@@ -83,15 +94,19 @@ def environment_of(name: str, work: Workload, environments: Path, *, everywhere:
         quiet["CUDA_VISIBLE_DEVICES"] = ""
     if name in (OWN, RECOMMENDED) or everywhere:
         quiet |= KEEP_FREED_MEMORY  # as our launcher starts its workers
-    return os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / "peft-repository")}
+    return os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / PEFT_REPOSITORY)}
 
 
 def race(names: list[str], folder: Path, environments: Path, *, everywhere: bool) -> dict[str, dict[str, Any]]:
-    """Run each contestant once, all in turns: tokens per second by our stopwatch and by their account, and losses."""
+    """Run each contestant once, all in turns: tokens per second by our stopwatch and by their account, and losses.
+
+    One that is not installed has an error in place of them, as one that fails.
+    """
     work = Workload.load(folder)
+    absent = {name: {"error": NOT_INSTALLED} for name in names if not is_installed(name, environments)}
     with tempfile.TemporaryDirectory() as scratch:
         started: dict[str, subprocess.Popen[bytes]] = {}
-        waiting = list(names)
+        waiting = [name for name in names if name not in absent]
         try:
             while waiting:
                 for name in waiting:
@@ -109,7 +124,7 @@ def race(names: list[str], folder: Path, environments: Path, *, everywhere: bool
         finally:
             for process in started.values():
                 process.kill()
-        return {name: _read(Path(scratch) / name, work) for name in names}
+        return {name: absent.get(name) or _read(Path(scratch) / name, work) for name in names}
 
 
 def _start(command: list[str | Path], environment: dict[str, str], place: Path) -> subprocess.Popen[bytes]:

@@ -11,8 +11,7 @@ imports   torch, transformers and peft, imported plainly, with the garbage colle
           `tunemap.startup.quick_imports`, which leaves torch's compiler and scipy out as well and lets transformers
           read its models' sources once.
 
-All take turns, in another order each round; ratios are taken within a round. Environments of peers:
-python benchmarks/peers.py --install.
+All take turns, in another order each round; ratios are taken within a round. Environments of peers: make peers-install.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from typing import Any
 from contestants.workload import Workload
 from paired import time_left
 from peers import HERE, SIZES, mean_of_rounds, prepare
-from race import CONTESTANTS, OWN, RECOMMENDED, command_of, environment_of, orders
+from race import CONTESTANTS, NOT_INSTALLED, OWN, RECOMMENDED, command_of, environment_of, is_installed, orders
 
 from tunemap.measure.environment import environment
 
@@ -53,7 +52,7 @@ def spent(command: list[Any], **options: Any) -> Cost:
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     ended = subprocess.run(command, capture_output=True, text=True, **options)
     if ended.returncode:
-        sys.exit(f"{ended.stderr}\n{command[0]} {command[1]} failed; peers: python benchmarks/peers.py --install")
+        sys.exit(f"{ended.stderr}\n{command[0]} {command[1]} failed")
     wall_s, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"wall_s": wall_s, "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
@@ -143,11 +142,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="json file to keep the results in")
     parser.add_argument("--note", help="what a reader of the results must know of their making; kept with them")
     arguments = parser.parse_args()
+    environments = arguments.environments.resolve()
+    peers = [name for name in arguments.peers if is_installed(name, environments)]
+    for name in arguments.peers:
+        if name not in peers:
+            print(f"{name} does not run: {NOT_INSTALLED}")
     print("imports", flush=True)
     found: dict[str, Any] = {"imports": imports(arguments.rounds), "runs": []}
     for method in ("full", "lora"):
         print(method, flush=True)
-        found["runs"] += runs(method, arguments.peers, arguments.environments.resolve(), arguments.rounds)
+        found["runs"] += runs(method, peers, environments, arguments.rounds)
     for row in [*found["imports"], *found["runs"]]:
         ratio, seconds = row["cpu_time_ratio"], f"{row['wall_s']:6.2f} s, processor {row['cpu_s']:6.2f} s"
         interval = f"{ratio['estimate']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"

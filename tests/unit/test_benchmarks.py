@@ -1,0 +1,65 @@
+"""The benchmarks' own arithmetic and promises, without what they measure."""
+
+import importlib
+import json
+
+import pytest
+
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+turns = [[2.0, 1.0], [2.0, 1.0]]
+seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+known = {"losses": [1.0], "own_tokens_per_second": 8.0, "peak_allocated_bytes": None, "seen": seen}
+Path(sys.argv[2]).write_text(json.dumps({"turns_wall_and_cpu_s": turns} | known))
+"""
+
+
+@pytest.fixture
+def module(repository, monkeypatch):
+    """Imports a file of the folder benchmarks."""
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.fixture
+def workload(module, tmp_path):
+    """The smallest workload on a device, in a folder."""
+
+    def make(device="cpu"):
+        work = module("contestants.workload").Workload("small", "full", 4, 2, 8, 1e-4, 16, 32, 1, device, "float32")
+        work.save(tmp_path)
+        return work
+
+    return make
+
+
+@pytest.fixture
+def stand_ins(module, tmp_path, monkeypatch):
+    """Contestants that leave a made-up result at once, one of which is not installed."""
+    race = module("race")
+    (tmp_path / "contestants").mkdir()
+    (tmp_path / "contestants" / "stand_in.py").write_text(STAND_IN)
+    contestants = {
+        race.OWN: race.Contestant("stand_in.py"),
+        "absent": race.Contestant("stand_in.py", requirements=("of-no-use",)),
+    }
+    monkeypatch.setattr(race, "CONTESTANTS", contestants)
+    monkeypatch.setattr(race, "HERE", tmp_path)
+    return list(contestants)
+
+
+def test_a_peer_that_is_not_installed_is_a_result_and_the_others_race(module, workload, stand_ins, tmp_path):
+    race, _ = module("race"), workload()
+    found = race.race(stand_ins, tmp_path, tmp_path / "environments", everywhere=False)
+    assert list(found) == stand_ins
+    assert found["absent"] == {"error": "not installed; make peers-install"}
+    assert found[race.OWN]["tokens_per_second"] == 24.0  # three steps of 16 tokens in a turn of 2 s
+
+
+def test_peft_needs_its_repository_besides_our_environment(module, tmp_path):
+    race = module("race")
+    assert not race.is_installed("peft", tmp_path)
+    (tmp_path / race.PEFT_REPOSITORY).mkdir()
+    assert race.is_installed("peft", tmp_path)
+    assert race.is_installed("trainer", tmp_path)

@@ -11,10 +11,10 @@ comparison. Each is started as its users start it: our launcher sets two variabl
 `--our-allocator` gives to everybody, to show what of the difference they are. A peer that is not installed is one that
 did not run; the others race.
 On a CPU all train at the same time, in turns of a few steps: one runs while the others rest, so that a machine that is
-slower for a minute is slower for all. On a GPU, whose memory they could not share, one trains after the other. A
-stopwatch of ours takes the time. A round starts everybody anew; its ratio is the median of those of turns that followed
-each other, and the interval is a t interval of its logarithm over the rounds. What a contestant calls its own
-throughput is compared with the stopwatch of the same run, in a round without rests.
+slower for a minute is slower for all. On a GPU, whose memory they could not share, one trains after the other; nobody
+sees a second GPU. A stopwatch of ours takes the time. A round starts everybody anew; its ratio is the median of those
+of turns that followed each other, and the interval is a t interval of its logarithm over the rounds. What a contestant
+calls its own throughput is compared with the stopwatch of the same run, in a round without rests.
 MFU is the mathematics' FLOPs (those of frozen weights' gradients left out) beside what a matrix product reaches on
 this device, measured at the start. Losses are compared where the data are the same: equal work, or no comparison.
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -38,7 +39,7 @@ import numpy.typing as npt
 import torch
 from contestants.workload import Workload
 from paired import time_left
-from race import CONTESTANTS, OWN, RECOMMENDED, install, orders, race
+from race import CONTESTANTS, OWN, RECOMMENDED, install, one_gpu, orders, race
 from transformers import AutoConfig
 
 from tunemap import corpora, models
@@ -281,6 +282,8 @@ def main() -> None:
         parser.error(f"--sizes {' '.join(sorted(unknown))}: on {arguments.device} there are {', '.join(sizes)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # leave no contestant resting for ever
     torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda":
+        os.environ.update(one_gpu(os.environ))  # the ceiling and the description are of the GPU that is raced on
     dtypes = {size.dtype for size in sizes.values()}
     ceilings = {dtype: measure_ceiling(arguments.device, dtype).flops_per_s for dtype in dtypes}
     described = environment(HERE.parent).as_dict()

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,23 @@ def _python_of(name: str, environments: Path) -> Path:
     return environments / name / "bin" / "python" if CONTESTANTS[name].requirements else Path(sys.executable)
 
 
+def one_gpu(known: Mapping[str, str]) -> dict[str, str]:
+    """The variables that show a process the first of the GPUs that `known` variables show, and no other.
+
+    The Trainer, and TRL with it, spreads a model over all GPUs that it sees (nn.DataParallel) and gives each of them a
+    batch; ours trains on one.
+    """
+    given = known.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the driver's first, not the fastest
+    return {"CUDA_VISIBLE_DEVICES": given.partition(",")[0].strip()}
+
+
 def environment_of(name: str, work: Workload, environments: Path, *, everywhere: bool = False) -> dict[str, str]:
     """The environment in which a contestant runs; `everywhere` gives our launcher's allocator to all."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if work.device == "cpu":
-        quiet["CUDA_VISIBLE_DEVICES"] = ""
+    quiet |= one_gpu(os.environ) if work.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     if name in (OWN, RECOMMENDED) or everywhere:
         quiet |= KEEP_FREED_MEMORY  # as our launcher starts its workers
     return os.environ | threads | quiet | {"PEFT_REPOSITORY": str(environments / PEFT_REPOSITORY)}

@@ -63,3 +63,19 @@ def test_peft_needs_its_repository_besides_our_environment(module, tmp_path):
     (tmp_path / race.PEFT_REPOSITORY).mkdir()
     assert race.is_installed("peft", tmp_path)
     assert race.is_installed("trainer", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "seen"),
+    [("cuda", "2,3", "2"), ("cuda", "GPU-7f, GPU-8a", "GPU-7f"), ("cuda", None, "0"), ("cpu", "2,3", "")],
+)
+def test_every_contestant_sees_one_gpu_at_most(
+    module, workload, stand_ins, tmp_path, monkeypatch, device, visible, seen
+):
+    race, work = module("race"), workload(device)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in stand_ins:
+        assert race.environment_of(name, work, tmp_path)["CUDA_VISIBLE_DEVICES"] == seen
+    assert race.race(stand_ins, tmp_path, tmp_path, everywhere=False)[race.OWN]["seen"] == seen

@@ -309,14 +309,20 @@ def with_kept_rows(output: Path, table: list[dict[str, Any]], machine: dict[str,
     if not output.exists():
         return table
     earlier = json.loads(output.read_text())
-    before, now = ((one["cpu"]["model"], one["packages"]["torch"]) for one in (earlier["environment"], machine))
+    before, now = map(_in_words, (earlier["environment"], machine))
     if before != now:
-        print(f"{output} was measured by {' with torch '.join(before)}: its rows are not kept", file=sys.stderr)
+        print(f"{output} was measured by {before}, this is {now}: its rows are not kept", file=sys.stderr)
         return table
     order = {(size, method): at for at, (size, method) in enumerate(product(chain(*SIZES.values()), ("full", "lora")))}
     raced = {(row["size"], row["method"]) for row in table}
     kept = [row for row in earlier["rows"] if (row["size"], row["method"]) not in raced]
     return sorted([*kept, *table], key=lambda row: order[row["size"], row["method"]])
+
+
+def _in_words(machine: dict[str, Any]) -> str:
+    """What decides the speed of a machine: its GPUs, its CPU, its torch."""
+    gpus = [gpu["name"] for gpu in machine["gpus"]]
+    return ", ".join([*gpus, machine["cpu"]["model"], f"torch {machine['packages']['torch']}"])
 
 
 def measure(

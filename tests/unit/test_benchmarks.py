@@ -79,3 +79,15 @@ def test_every_contestant_sees_one_gpu_at_most(
     for name in stand_ins:
         assert race.environment_of(name, work, tmp_path)["CUDA_VISIBLE_DEVICES"] == seen
     assert race.race(stand_ins, tmp_path, tmp_path, everywhere=False)[race.OWN]["seen"] == seen
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [({}, True), ({"gpus": []}, False), ({"gpus": [{"name": "H100"}]}, False), ({"packages": {"torch": "3"}}, False)],
+)
+def test_rows_of_an_earlier_output_are_kept_if_the_same_machine_made_them(module, tmp_path, change, kept):
+    machine = {"cpu": {"model": "Xeon"}, "gpus": [{"name": "H200"}], "packages": {"torch": "2"}}
+    before, now = ({"size": "small", "method": method} for method in ("full", "lora"))
+    (tmp_path / "earlier.json").write_text(json.dumps({"rows": [before], "environment": machine | change}))
+    rows = module("peers").with_kept_rows(tmp_path / "earlier.json", [now], machine)
+    assert rows == ([before, now] if kept else [now])

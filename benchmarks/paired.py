@@ -1,14 +1,17 @@
-"""Ratios of two ways to do the same work, measured in turns, so that drift of the machine falls on both alike."""
+"""What benchmarks share: ratios of two ways to do the same work, taken in turns so that drift falls on both alike."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 DRAWS = 10_000
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Ratio(NamedTuple):
@@ -36,6 +39,12 @@ def ratio_of(times: np.ndarray) -> Ratio:
     samples = np.random.default_rng(0).choice(ratios, size=(DRAWS, ratios.size))
     low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
     return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def in_own_process(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Call a function in a new process, which takes with it what a library keeps of a device until its process ends."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments, **options).result()
 
 
 def time_left(began: float, done: int, of: int) -> str:

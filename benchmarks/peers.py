@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from contestants.workload import Workload
-from paired import time_left
+from paired import in_own_process, time_left
 from race import CONTESTANTS, OWN, RECOMMENDED, install, one_gpu, orders, race
 from transformers import AutoConfig
 
@@ -187,6 +187,12 @@ def prepare(folder: Path, work: Workload) -> None:
     work.save(folder)
 
 
+def ceilings_flops_per_s(device: str, dtypes: list[str], threads: int) -> dict[str, float]:
+    """The matmul ceiling of each dtype."""
+    torch.set_num_threads(threads)
+    return {dtype: measure_ceiling(device, dtype).flops_per_s for dtype in dtypes}
+
+
 def flops_per_token(folder: Path, work: Workload) -> float:
     """FLOPs that the mathematics of a training step need for each token."""
     shape = model_shape(AutoConfig.from_pretrained(folder / "model"))
@@ -284,8 +290,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda":
         os.environ.update(one_gpu(os.environ))  # the ceiling and the description are of the GPU that is raced on
-    dtypes = {size.dtype for size in sizes.values()}
-    ceilings = {dtype: measure_ceiling(arguments.device, dtype).flops_per_s for dtype in dtypes}
+    dtypes = sorted({size.dtype for size in sizes.values()})
+    # In a process of its own: a context on the GPU and torch's cached matrices would stay there during the race.
+    ceilings = in_own_process(ceilings_flops_per_s, arguments.device, dtypes, arguments.threads)
     described = environment(HERE.parent).as_dict()
     known = {"note": arguments.note, "ceiling_flops_per_s": ceilings, "environment": described}
     table: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 
 import pytest
 
@@ -91,3 +92,10 @@ def test_rows_of_an_earlier_output_are_kept_if_the_same_machine_made_them(module
     (tmp_path / "earlier.json").write_text(json.dumps({"rows": [before], "environment": machine | change}))
     rows = module("peers").with_kept_rows(tmp_path / "earlier.json", [now], machine)
     assert rows == ([before, now] if kept else [now])
+
+
+def test_what_a_device_keeps_of_a_call_ends_with_a_process_of_its_own(module):
+    in_own_process = module("paired").in_own_process
+    assert in_own_process(os.getpid) not in (os.getpid(), in_own_process(os.getpid))
+    with pytest.raises(ZeroDivisionError):
+        in_own_process(divmod, 1, 0)

@@ -41,8 +41,9 @@ def read_results(results: Path, name: str) -> dict[str, Any] | None:
 
 
 def _of_devices(results: Path, name: str) -> list[dict[str, Any]]:
-    found = (read_results(results, f"{name}-{device}") for device in DEVICES)
-    return [one for one in found if one is not None]
+    """What a benchmark found on each device where it ran, which is named with it."""
+    found = ((device, read_results(results, f"{name}-{device}")) for device in DEVICES)
+    return [{"device": device} | one for device, one in found if one is not None]
 
 
 def _note(found: dict[str, Any]) -> str:
@@ -100,16 +101,18 @@ def lean_step(results: Path) -> str:
 
 
 def _lean_step(found: dict[str, Any]) -> str:
+    """On a GPU by the clock alone: the processor's time is not the device's."""
+    clocks = ["wall"] if found["device"] == "cuda" else ["wall", "cpu"]
     rows = [
         [
             f"{row['method']}: {row['way']}",
-            *(_interval(row["speed_up"][clock]) for clock in ("wall", "cpu")),
-            _interval(row["speed_up_of_the_step"]["cpu"]),
+            *(_interval(row["speed_up"][clock]) for clock in clocks),
+            _interval(row["speed_up_of_the_step"][clocks[-1]]),
             f"{row['peak_allocated_bytes'] / 1e6:.0f}",
         ]
         for row in found["rows"]
     ]
-    head = ["way", "usual time / its", "in processor time", "of the one before", "peak MB"]
+    head = ["way", *["usual time / its", "in processor time"][: len(clocks)], "of the one before", "peak MB"]
     return _table(head, rows, found) + _note(found)
 
 
@@ -143,7 +146,7 @@ def _waterfall(found: dict[str, Any]) -> str:
 
 def peers(results: Path) -> str:
     """The loop beside those of others."""
-    tables = [_peers(json.loads(path.read_text())) for path in sorted(results.glob("peers-*.json"))]
+    tables = [_peers(one) for one in _of_devices(results, "peers")]
     introduction = (
         "## Beside other tools\n\n"
         "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
@@ -159,8 +162,10 @@ def peers(results: Path) -> str:
 
 
 def _peers(found: dict[str, Any]) -> str:
+    """On a CPU there is no peak of allocated bytes, on a GPU no processor time that says anything."""
     head = ["contestant", "rounds", "tokens/s", "says of itself", "MFU", "peak GB", "ours / its", "in processor time"]
-    return _table(head, map(_peer, found["rows"]), found) + _note(found)
+    columns = head[:-1] if found["device"] == "cuda" else head
+    return _table(columns, (_peer(row)[: len(columns)] for row in found["rows"]), found) + _note(found)
 
 
 def _peer(row: dict[str, Any]) -> list[str]:

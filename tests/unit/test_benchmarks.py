@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+MACHINE = {"cpu": {"model": "Xeon", "usable_cores": 2}, "gpus": [{"name": "H200"}], "packages": {"torch": "2"}}
 STAND_IN = """
 import json, os, sys
 from pathlib import Path
@@ -87,10 +88,9 @@ def test_every_contestant_sees_one_gpu_at_most(
     [({}, True), ({"gpus": []}, False), ({"gpus": [{"name": "H100"}]}, False), ({"packages": {"torch": "3"}}, False)],
 )
 def test_rows_of_an_earlier_output_are_kept_if_the_same_machine_made_them(module, tmp_path, change, kept):
-    machine = {"cpu": {"model": "Xeon"}, "gpus": [{"name": "H200"}], "packages": {"torch": "2"}}
     before, now = ({"size": "small", "method": method} for method in ("full", "lora"))
-    (tmp_path / "earlier.json").write_text(json.dumps({"rows": [before], "environment": machine | change}))
-    rows = module("peers").with_kept_rows(tmp_path / "earlier.json", [now], machine)
+    (tmp_path / "earlier.json").write_text(json.dumps({"rows": [before], "environment": MACHINE | change}))
+    rows = module("peers").with_kept_rows(tmp_path / "earlier.json", [now], MACHINE)
     assert rows == ([before, now] if kept else [now])
 
 
@@ -99,3 +99,58 @@ def test_what_a_device_keeps_of_a_call_ends_with_a_process_of_its_own(module):
     assert in_own_process(os.getpid) not in (os.getpid(), in_own_process(os.getpid))
     with pytest.raises(ZeroDivisionError):
         in_own_process(divmod, 1, 0)
+
+
+@pytest.fixture
+def page_of(module, tmp_path):
+    """The page on performance of rows that one benchmark left."""
+
+    def write(name, rows):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows, "environment": MACHINE, "note": None}))
+        return module("performance").page(tmp_path)
+
+    return write
+
+
+def interval(value):
+    return {"ratio": value, "estimate": value, "low": value, "high": value}
+
+
+LEAN = {
+    "method": "full",
+    "way": "as usual",
+    "peak_allocated_bytes": 2e6,
+    "speed_up": {"wall": interval(1.5), "cpu": interval(1.125)},
+    "speed_up_of_the_step": {"wall": interval(1.25), "cpu": interval(1.0625)},
+}
+PEER = {
+    "size": "small",
+    "method": "full",
+    "contestant": "trainer",
+    "rounds": 3,
+    "tokens_per_second": 10.0,
+    "own_tokens_per_second_to_measured": 1.0,
+    "mfu": 0.5,
+    "peak_allocated_bytes": None,
+    "ratio": interval(1.5),
+    "cpu_time_ratio": interval(1.125),
+}
+
+
+@pytest.mark.parametrize(("device", "ratios"), [("cpu", ["1.500", "1.125", "1.062"]), ("cuda", ["1.500", "1.250"])])
+def test_a_gpu_is_compared_by_the_clock_alone(page_of, device, ratios):
+    cells = [f"{ratio} [{ratio}, {ratio}]" for ratio in ratios]
+    row = " | ".join(["full: as usual", *cells, "2"])
+    page = page_of(f"lean-step-{device}", [LEAN])
+    assert f"| {row} |" in page
+    assert ("| in processor time |" in page) == (device == "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_peers_on_a_gpu_are_compared_by_the_clock_alone(page_of, device):
+    page = page_of(f"peers-{device}", [PEER, {"size": "small", "method": "full", "contestant": "trl", "error": "oom"}])
+    assert "1.500 [1.500, 1.500]" in page
+    assert "did not run: oom" in page
+    assert ("1.125" in page) == ("in processor time" in page.split("## Beside", 1)[1]) == (device == "cpu")
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1  # every row has as many cells

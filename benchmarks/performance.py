@@ -116,16 +116,23 @@ def _lean_step(found: dict[str, Any]) -> str:
     return _table(head, rows, found) + _note(found)
 
 
+# What `training/packed_attention.by_document` says of attention sdpa, which the waterfall has.
+PACKED = {
+    "cpu": "On a CPU packed rows attend by document and come in one row without padding.",
+    "cuda": "On a GPU packed rows attend under a mask of their documents and are padded to the longest row of a batch.",
+}
+
+
 def waterfall(results: Path) -> str:
     """What settings bring, one after the other."""
-    tables = [_waterfall(one) for one in _of_devices(results, "waterfall")]
+    found = _of_devices(results, "waterfall")
     introduction = (
         "## Settings that make training faster\n\n"
         "One epoch over the same rows, with lengths spread as in GSM8K; real tokens per second, padding not counted. "
-        "Packed rows attend by document and come in one row without padding. No weight moves, so every setting must "
-        "have the same loss, and the benchmark fails where it has not (`benchmarks/waterfall.py`).\n\n"
+        f"{' '.join(PACKED[one['device']] for one in found)} No weight moves, so every setting must have the same "
+        "loss, and the benchmark fails where it has not (`benchmarks/waterfall.py`).\n\n"
     )
-    return introduction + "\n".join(tables) if tables else ""
+    return introduction + "\n".join(map(_waterfall, found)) if found else ""
 
 
 def _waterfall(found: dict[str, Any]) -> str:

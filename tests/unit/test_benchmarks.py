@@ -6,6 +6,9 @@ import os
 
 import pytest
 
+from tunemap.config import Factors
+from tunemap.training.packed_attention import by_document
+
 MACHINE = {"cpu": {"model": "Xeon", "usable_cores": 2}, "gpus": [{"name": "H200"}], "packages": {"torch": "2"}}
 STAND_IN = """
 import json, os, sys
@@ -154,3 +157,10 @@ def test_peers_on_a_gpu_are_compared_by_the_clock_alone(page_of, device):
     assert ("1.125" in page) == ("in processor time" in page.split("## Beside", 1)[1]) == (device == "cpu")
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1  # every row has as many cells
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_the_page_says_of_packed_rows_holds_on_the_device(module, page_of, device):
+    page = page_of(f"waterfall-{device}", [])
+    assert ("packed rows attend by document" in page) == by_document(Factors(batching="packed"), device)
+    assert ("under a mask" in page) == (device == "cuda")

@@ -29,6 +29,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
@@ -140,7 +142,10 @@ def run_of(work: Workload) -> Run:
 
 
 def prepare(folder: Path, work: Workload) -> None:
-    """Make model, rows and batches of a workload in `folder`."""
+    """Make model, rows and batches of a workload in `folder`, the same for all its methods.
+
+    One thread draws the weights, however many there are: a billion of them takes a CPU about twenty seconds.
+    """
     (folder / "architecture").mkdir(parents=True)
     (folder / "architecture" / "config.json").write_text(json.dumps(SIZES[work.device][work.size].config))
     corpora.build_arithmetic_tokenizer().save_pretrained(folder / "tokenizer")
@@ -179,6 +184,13 @@ def prepare(folder: Path, work: Workload) -> None:
     ours = np.stack([batch.labels.numpy() for batch in batches])  # the next token at each place
     theirs = np.concatenate([np.full_like(ours[..., :1], -100), ours[..., :-1]], axis=-1)  # the token at each place
     np.savez(folder / "batches.npz", input_ids=ids, labels=theirs)
+
+
+def settle(folder: Path, prepared: Path, work: Workload) -> None:
+    """Make in `folder` the workload by one method, with what was `prepared` for all of them."""
+    folder.mkdir(parents=True)
+    for name in ("model", "dataset", "tokens", "batches.npz"):
+        (folder / name).symlink_to(prepared / name)
     run = run_of(work)
     write_json(folder / "run.json", run.training_spec())
     if work.device in RECOMMENDATIONS:
@@ -191,6 +203,17 @@ def ceilings_flops_per_s(device: str, dtypes: list[str], threads: int) -> dict[s
     """The matmul ceiling of each dtype."""
     torch.set_num_threads(threads)
     return {dtype: measure_ceiling(device, dtype).flops_per_s for dtype in dtypes}
+
+
+@contextmanager
+def prepared(works: list[Workload]) -> Iterator[list[Path]]:
+    """A folder for each of some workloads that differ by their method alone; model and rows are made once."""
+    with tempfile.TemporaryDirectory() as scratch:
+        common, folders = Path(scratch) / "prepared", [Path(scratch) / work.method for work in works]
+        prepare(common, works[0])
+        for folder, work in zip(folders, works, strict=True):
+            settle(folder, common, work)
+        yield folders
 
 
 def flops_per_token(folder: Path, work: Workload) -> float:
@@ -298,15 +321,16 @@ def main() -> None:
     table: list[dict[str, Any]] = []
     for name in arguments.sizes or sizes:
         size = sizes[name]
-        for method in arguments.methods:
-            shape = (arguments.steps, size.rows, size.length)
-            machine = (arguments.threads, arguments.device, size.dtype)
-            work = Workload(name, method, *shape, 1e-4, 16, 32, *machine, turns)
-            print(f"{name}, {method}", flush=True)
-            table += measure(work, names, arguments, ceilings[size.dtype])
-            if arguments.output:  # at once: the rest takes long, and may not come to its end
-                rows = with_kept_rows(arguments.output, table, described)
-                arguments.output.write_text(json.dumps({"rows": rows} | known, indent=1) + "\n")
+        shape = (arguments.steps, size.rows, size.length)
+        machine = (arguments.threads, arguments.device, size.dtype)
+        works = [Workload(name, method, *shape, 1e-4, 16, 32, *machine, turns) for method in arguments.methods]
+        with prepared(works) as folders:
+            for work, folder in zip(works, folders, strict=True):
+                print(f"{name}, {work.method}", flush=True)
+                table += measure(folder, work, names, arguments, ceilings[size.dtype])
+                if arguments.output:  # at once: the rest takes long, and may not come to its end
+                    rows = with_kept_rows(arguments.output, table, described)
+                    arguments.output.write_text(json.dumps({"rows": rows} | known, indent=1) + "\n")
     show(table)
     return None
 
@@ -333,15 +357,11 @@ def _in_words(machine: dict[str, Any]) -> str:
 
 
 def measure(
-    work: Workload, names: list[str], arguments: argparse.Namespace, ceiling_flops_per_s: float
+    folder: Path, work: Workload, names: list[str], arguments: argparse.Namespace, ceiling_flops_per_s: float
 ) -> list[dict[str, Any]]:
     """The rows of the table for one workload."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "work"
-        prepare(folder, work)
-        flops = flops_per_token(folder, work)
-        place = arguments.environments.resolve()
-        found = compare(folder, names, place, arguments.rounds, everywhere=arguments.our_allocator)
+    flops, place = flops_per_token(folder, work), arguments.environments.resolve()
+    found = compare(folder, names, place, arguments.rounds, everywhere=arguments.our_allocator)
     for row in found.values():
         if "error" not in row:
             row["mfu"] = row["tokens_per_second"] * flops / ceiling_flops_per_s

@@ -31,7 +31,7 @@ from typing import Any
 
 from contestants.workload import Workload
 from paired import time_left
-from peers import HERE, SIZES, mean_of_rounds, prepare
+from peers import HERE, SIZES, mean_of_rounds, prepared
 from race import CONTESTANTS, NOT_INSTALLED, OWN, RECOMMENDED, command_of, environment_of, is_installed, orders
 
 from tunemap.measure.environment import environment
@@ -118,10 +118,11 @@ def summary(found: dict[str, list[Cost]], reference: str) -> list[dict[str, Any]
 def runs(method: str, peers: list[str], environments: Path, rounds: int) -> list[dict[str, Any]]:
     """Rows of the contestants for one method."""
     size = SIZES["cpu"]["small"]
-    with tempfile.TemporaryDirectory() as scratch:
-        few, many = (Path(scratch) / str(steps) for steps in (FEW, MANY))
-        for folder, steps in ((few, FEW), (many, MANY)):
-            prepare(folder, Workload("small", method, steps, size.rows, size.length, 1e-4, 16, 32, 1, "cpu", "float32"))
+    short, long = (
+        Workload("small", method, steps, size.rows, size.length, 1e-4, 16, 32, 1, "cpu", "float32")
+        for steps in (FEW, MANY)
+    )
+    with prepared([short]) as (few,), prepared([long]) as (many,):
         found = costs_in_turns([OWN, *peers], lambda name: besides_steps(name, few, many, environments), rounds)
     return [{"method": method, **row} for row in summary(found, OWN)]
 

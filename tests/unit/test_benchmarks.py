@@ -31,8 +31,8 @@ def module(repository, monkeypatch):
 def workload(module, tmp_path):
     """The smallest workload on a device, in a folder."""
 
-    def make(device="cpu"):
-        work = module("contestants.workload").Workload("small", "full", 4, 2, 8, 1e-4, 16, 32, 1, device, "float32")
+    def make(device="cpu", method="full"):
+        work = module("contestants.workload").Workload("small", method, 4, 2, 8, 1e-4, 16, 32, 1, device, "float32")
         work.save(tmp_path)
         return work
 
@@ -164,3 +164,17 @@ def test_what_the_page_says_of_packed_rows_holds_on_the_device(module, page_of, 
     page = page_of(f"waterfall-{device}", [])
     assert ("packed rows attend by document" in page) == by_document(Factors(batching="packed"), device)
     assert ("under a mask" in page) == (device == "cuda")
+
+
+def test_methods_share_a_model_that_is_drawn_once(module, workload, monkeypatch):
+    peers, drawn = module("peers"), []
+    draw = peers.models.prepare
+    monkeypatch.setattr(peers.models, "prepare", lambda *args, **rest: drawn.append(draw(*args, **rest)))
+    works = [workload(method=method) for method in ("full", "lora")]
+    with peers.prepared(works) as folders:
+        known = [json.loads((folder / "run.json").read_text())["method"]["kind"] for folder in folders]
+        assert known == ["full", "lora"]
+        assert [type(works[0]).load(folder).method for folder in folders] == known
+        assert len({(folder / "model" / "model.safetensors").resolve() for folder in folders}) == 1
+        assert peers.flops_per_token(folders[0], works[0]) > peers.flops_per_token(folders[1], works[1])
+    assert len(drawn) == 1

@@ -1,6 +1,7 @@
 # What this checkout can do; `make` alone lists it. A Python of 3.11 or newer is all it needs.
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 9
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
@@ -71,12 +72,8 @@ gpu-check: install ## run every test that needs a CUDA device, and say so where 
 	python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
 	pytest -m gpu -rs
 
-gpu-bench: install ## the waterfall of settings and the race against the peers on a GPU (an hour); results in benchmarks/results
-	tunemap ceiling
-	python benchmarks/lean_step.py --device cuda --output benchmarks/results/lean-step-cuda.json
-	python benchmarks/waterfall.py --device cuda --output benchmarks/results/waterfall-cuda.json
-	python benchmarks/peers.py --device cuda --output benchmarks/results/peers-cuda.json
-	python benchmarks/performance.py
+gpu-bench: install ## the ceiling, the step, the settings and the race on a GPU, in MINUTES (9); results in benchmarks/results
+	python benchmarks/gpu.py --minutes $(MINUTES)
 
 fuzz: install ## mutate 10,000 study files, 2,000 dataset files and 1,000 traces, and look how each is handled
 	python -m tests.fuzz.campaign --output benchmarks/results/fuzz.csv

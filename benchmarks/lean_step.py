@@ -15,7 +15,6 @@ host alone. Memory is counted by the tracker that measures runs on a CPU, here o
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tunemap.cross_entropy import IGNORED, cross_entropy_sum
+from tunemap.files import write_json
 from tunemap.measure.environment import environment
 from tunemap.measure.memory import track_live_storage
 from tunemap.methods.lora_layers import fuse_low_rank_sums
@@ -175,7 +175,12 @@ def main() -> None:
     parser.add_argument("--note", help="what a reader of the results must know of their making; kept with them")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    table = [row for method in arguments.methods for row in measure(method, arguments.device, arguments.rounds)]
+    known = {"note": arguments.note, "environment": environment(Path(__file__).resolve().parents[1]).as_dict()}
+    table: list[dict[str, Any]] = []
+    for method in arguments.methods:
+        table += measure(method, arguments.device, arguments.rounds)
+        if arguments.output:
+            write_json(arguments.output, {"rows": table} | known)
     clock = CLOCKS[arguments.device]
     ratios = f"{f'of the first, {clock}':21s}  {f'of the one before, {clock}':23s}"
     print(f"{'method':6s} {'way':28s} {'ms':>7s}  {ratios}  {'peak MB':>7s}")
@@ -186,9 +191,6 @@ def main() -> None:
         )
         start = f"{row['method']:6s} {row['way']:28s} {1e3 * row['step_time_median_s']:7.1f}"
         print(f"{start}  {first:21s}  {before:23s}  {row['peak_allocated_bytes'] / 1e6:7.1f}")
-    if arguments.output:
-        known = {"note": arguments.note, "environment": environment(Path(__file__).resolve().parents[1]).as_dict()}
-        arguments.output.write_text(json.dumps({"rows": table} | known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
+from tunemap.statistics import mean
+
 DRAWS = 10_000
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Ratio(NamedTuple):
@@ -39,6 +44,33 @@ def ratio_of(times: np.ndarray) -> Ratio:
     samples = np.random.default_rng(0).choice(ratios, size=(DRAWS, ratios.size))
     low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
     return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def mean_of_rounds(ratios: Sequence[float]) -> dict[str, float | None]:
+    """Geometric mean of a ratio over the rounds, with its interval: of one round there is none."""
+    interval = asdict(mean(np.log(ratios)))
+    return {name: None if math.isnan(value) else math.exp(value) for name, value in interval.items()}
+
+
+def shown(interval: Mapping[str, float | None], digits: int = 3) -> str:
+    """An estimate with its interval, or alone."""
+    if interval["low"] is None:
+        return f"{interval['estimate']:.{digits}f}"
+    return f"{interval['estimate']:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
+
+
+class TimeLimit:
+    """Minutes that a benchmark may take, None for all that it needs; asked before each of its parts."""
+
+    def __init__(self, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._before, self._longest_s = clock, clock(), 0.0
+        self._end = math.inf if minutes is None else self._before + 60 * minutes
+
+    def another(self) -> bool:
+        """Whether one more part, as long as the longest so far, fits into what is left."""
+        now = self._clock()
+        self._longest_s, self._before = max(self._longest_s, now - self._before), now
+        return now + self._longest_s <= self._end
 
 
 def in_own_process(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

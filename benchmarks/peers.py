@@ -3,7 +3,7 @@
     make peers-install                               # once: each peer in an environment of its own, from PyPI
     python benchmarks/peers.py                       # CPU; about an hour; prints the table
     python benchmarks/peers.py --peers trl --sizes small --rounds 5 --output benchmarks/results/peers-cpu.json
-    python benchmarks/peers.py --device cuda --output benchmarks/results/peers-cuda.json
+    python benchmarks/peers.py --device cuda --minutes 5 --output benchmarks/results/peers-cuda.json
 
 Everybody trains the same model on the same rows in the same order, with the same optimizer settings, dtype and
 number of threads; every row is as long as every other, so no padding and no way to count tokens can blur the
@@ -14,7 +14,8 @@ On a CPU all train at the same time, in turns of a few steps: one runs while the
 slower for a minute is slower for all. On a GPU, whose memory they could not share, one trains after the other; nobody
 sees a second GPU. A stopwatch of ours takes the time. A round starts everybody anew; its ratio is the median of those
 of turns that followed each other, and the interval is a t interval of its logarithm over the rounds. What a contestant
-calls its own throughput is compared with the stopwatch of the same run, in a round without rests.
+calls its own throughput is compared with the stopwatch of the same run, in a round without rests. Every method has its
+first round before one has its second, and the output is written after each, so that a limit leaves something of each.
 MFU is the mathematics' FLOPs (those of frozen weights' gradients left out) beside what a matrix product reaches on
 this device, measured at the start. Losses are compared where the data are the same: equal work, or no comparison.
 """
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from contestants.workload import Workload
-from paired import in_own_process, time_left
+from paired import TimeLimit, in_own_process, mean_of_rounds, shown, time_left
 from race import CONTESTANTS, OWN, RECOMMENDED, install, one_gpu, orders, race
 from transformers import AutoConfig
 
@@ -53,7 +53,6 @@ from tunemap.measure.ceiling import measure_ceiling
 from tunemap.measure.environment import environment
 from tunemap.measure.flops import Trained, model_shape, step_flops
 from tunemap.run import Run
-from tunemap.statistics import mean
 from tunemap.training.batches import micro_batches, schedule_of
 
 HERE = Path(__file__).resolve().parent
@@ -224,8 +223,13 @@ def flops_per_token(folder: Path, work: Workload) -> float:
     return step_flops(shape, trained, [(work.rows, work.length)]).model_flops / work.tokens_per_step
 
 
-def compare(folder: Path, names: list[str], environments: Path, rounds: int, *, everywhere: bool) -> dict[str, Any]:
-    """All contestants on one workload, without rests, then `rounds` times in turns."""
+def compare(
+    folder: Path, names: list[str], environments: Path, rounds: int, *, everywhere: bool
+) -> Iterator[dict[str, Any]]:
+    """All contestants on one workload, without rests, then `rounds` times in turns: what is known after each round.
+
+    Who fails without rests does not race on; without us there is no race.
+    """
     work = Workload.load(folder)
     replace(work, turns=1).save(folder)
     alone = race(names, folder, environments, everywhere=everywhere)
@@ -233,13 +237,16 @@ def compare(folder: Path, names: list[str], environments: Path, rounds: int, *, 
         print(f"    without rests  {name:18s} {_rate(one)}", flush=True)
     work.save(folder)
     results = [alone] if work.turns == 1 else []
-    began, before = time.perf_counter(), len(results)
-    for order in orders(names, rounds - before):
+    running = [name for name in names if "error" not in alone[name]]
+    if results or OWN not in running:
+        yield {name: _summary(name, alone, results) for name in names}
+    if OWN not in running:
+        return
+    for order in orders(running, rounds - len(results)):
         results.append(race(order, folder, environments, everywhere=everywhere))
-        for name in names:
+        for name in running:
             print(f"    round {len(results)}/{rounds}  {name:18s} {_rate(results[-1][name])}", flush=True)
-        print(f"    {time_left(began, len(results) - before, rounds - before)} for this size and method", flush=True)
-    return {name: _summary(name, alone, results) for name in names}
+        yield {name: _summary(name, alone, results) for name in names}
 
 
 def _rate(result: dict[str, Any]) -> str:
@@ -247,8 +254,10 @@ def _rate(result: dict[str, Any]) -> str:
 
 
 def _summary(name: str, alone: dict[str, dict[str, Any]], rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    if failed := [alone[who]["error"] for who in (name, OWN) if "error" in alone[who]]:
+        return {"error": failed[0]}
     theirs, ours = ([results[who] for results in rounds] for who in (name, OWN))
-    if failed := [run["error"] for run in [alone[name], *theirs, *ours] if "error" in run]:
+    if failed := [run["error"] for run in [*theirs, *ours] if "error" in run]:
         return {"error": failed[0]}
     apart = None
     if CONTESTANTS[name].same_labels:
@@ -269,16 +278,12 @@ def _values(runs: list[dict[str, Any]], name: str) -> list[Any]:
     return [run[name] for run in runs]
 
 
-def ratio_of_turns(above: list[npt.NDArray[np.float64]], below: list[npt.NDArray[np.float64]]) -> dict[str, float]:
+def ratio_of_turns(
+    above: list[npt.NDArray[np.float64]], below: list[npt.NDArray[np.float64]]
+) -> dict[str, float | None]:
     """Geometric mean over the rounds of the median ratio of turns that followed each other, with its interval."""
     medians = [float(np.median(one / other)) for one, other in zip(above, below, strict=True)]
     return mean_of_rounds(medians)
-
-
-def mean_of_rounds(ratios: list[float]) -> dict[str, float]:
-    """Geometric mean of a ratio over the rounds, with its interval."""
-    interval = mean(np.log(ratios))
-    return {name: math.exp(value) for name, value in asdict(interval).items()}
 
 
 def main() -> None:
@@ -291,6 +296,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", help=f"some of {', '.join(name for of in SIZES.values() for name in of)}")
     parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, help="begin no round that is not done in so many (default: no limit)")
     parser.add_argument("--steps", type=int, default=40, help="a quarter of them is warm-up (default: %(default)s)")
     parser.add_argument("--turns", type=int, help=f"of a round, dividing what is not warm-up (default: {TURNS})")
     parser.add_argument("--threads", type=int, default=1)
@@ -311,6 +317,7 @@ def main() -> None:
         parser.error(f"--sizes {' '.join(sorted(unknown))}: on {arguments.device} there are {', '.join(sizes)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # leave no contestant resting for ever
     torch.set_num_threads(arguments.threads)
+    limit = TimeLimit(arguments.minutes)
     if arguments.device == "cuda":
         os.environ.update(one_gpu(os.environ))  # the ceiling and the description are of the GPU that is raced on
     dtypes = sorted({size.dtype for size in sizes.values()})
@@ -318,20 +325,21 @@ def main() -> None:
     ceilings = in_own_process(ceilings_flops_per_s, arguments.device, dtypes, arguments.threads)
     described = environment(HERE.parent).as_dict()
     known = {"note": arguments.note, "ceiling_flops_per_s": ceilings, "environment": described}
-    table: list[dict[str, Any]] = []
+    table: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for name in arguments.sizes or sizes:
+        if not limit.another():
+            print(f"no time for {name}")
+            break
         size = sizes[name]
         shape = (arguments.steps, size.rows, size.length)
         machine = (arguments.threads, arguments.device, size.dtype)
         works = [Workload(name, method, *shape, 1e-4, 16, 32, *machine, turns) for method in arguments.methods]
-        with prepared(works) as folders:
-            for work, folder in zip(works, folders, strict=True):
-                print(f"{name}, {work.method}", flush=True)
-                table += measure(folder, work, names, arguments, ceilings[size.dtype])
-                if arguments.output:  # at once: the rest takes long, and may not come to its end
-                    rows = with_kept_rows(arguments.output, table, described)
-                    arguments.output.write_text(json.dumps({"rows": rows} | known, indent=1) + "\n")
-    show(table)
+        for work, rows in measure(works, names, arguments, ceilings[size.dtype], limit):
+            table[name, work.method] = rows
+            if arguments.output:  # at once: the rest takes long, and may not come to its end
+                kept = with_kept_rows(arguments.output, list(chain(*table.values())), described)
+                write_json(arguments.output, {"rows": kept} | known)
+    show(list(chain(*table.values())))
     return None
 
 
@@ -357,15 +365,38 @@ def _in_words(machine: dict[str, Any]) -> str:
 
 
 def measure(
-    folder: Path, work: Workload, names: list[str], arguments: argparse.Namespace, ceiling_flops_per_s: float
-) -> list[dict[str, Any]]:
-    """The rows of the table for one workload."""
-    flops, place = flops_per_token(folder, work), arguments.environments.resolve()
-    found = compare(folder, names, place, arguments.rounds, everywhere=arguments.our_allocator)
-    for row in found.values():
-        if "error" not in row:
-            row["mfu"] = row["tokens_per_second"] * flops / ceiling_flops_per_s
-    return [{"size": work.size, "method": work.method, "contestant": name, **row} for name, row in found.items()]
+    works: list[Workload],
+    names: list[str],
+    arguments: argparse.Namespace,
+    ceiling_flops_per_s: float,
+    limit: TimeLimit,
+) -> Iterator[tuple[Workload, list[dict[str, Any]]]]:
+    """Rows of the table for workloads that differ by their method alone, of one after each of its rounds.
+
+    Every method has its first round before one has its second, so that a limit leaves something of each.
+    """
+    place, rounds = arguments.environments.resolve(), arguments.rounds
+    with prepared(works) as folders:
+        races = [compare(folder, names, place, rounds, everywhere=arguments.our_allocator) for folder in folders]
+        parts = list(zip(works, folders, races, strict=True)) * rounds
+        began = time.perf_counter()
+        for done, (work, folder, raced) in enumerate(parts, start=1):
+            if not limit.another():
+                print(f"no time for {len(parts) + 1 - done} more rounds of {work.size}")
+                return
+            print(f"{work.size}, {work.method}", flush=True)
+            found = next(raced, None)
+            if found is None:  # we failed, and nobody is left to race against
+                continue
+            flops = flops_per_token(folder, work)
+            yield work, [_row(work, name, one, flops / ceiling_flops_per_s) for name, one in found.items()]
+            print(f"    {time_left(began, done, len(parts))} for this size", flush=True)
+
+
+def _row(work: Workload, name: str, found: dict[str, Any], ceiling_s_per_token: float) -> dict[str, Any]:
+    """One contestant's; `ceiling_s_per_token` is what a token takes at the ceiling."""
+    mfu = {} if "error" in found else {"mfu": found["tokens_per_second"] * ceiling_s_per_token}
+    return {"size": work.size, "method": work.method, "contestant": name, **found, **mfu}
 
 
 def show(table: list[dict[str, Any]]) -> None:
@@ -378,14 +409,10 @@ def show(table: list[dict[str, Any]]) -> None:
             print(f"{start} did not run: {row['error']}")
             continue
         apart = "" if (loss := row["mean_loss_relative_difference"]) is None else f"{loss:.1e}"
-        wall, cpu = (_shown(row[name]) for name in ("ratio", "cpu_time_ratio"))
+        wall, cpu = (shown(row[name]) for name in ("ratio", "cpu_time_ratio"))
         own = row["own_tokens_per_second_to_measured"]
         rates = f"{row['tokens_per_second']:9.0f} {own:6.2f}x {row['mfu']:5.0%}"
-        print(f"{start} {rates}  {wall}  {cpu}  {apart}")
-
-
-def _shown(interval: dict[str, float]) -> str:
-    return f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+        print(f"{start} {rates}  {wall:21s}  {cpu:21s}  {apart}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ INTRODUCTION = """# Performance
 What TuneMap costs, and what its settings bring. Every table is written by `python benchmarks/performance.py` from a
 file in `benchmarks/results`, which holds the machine with its versions; a table that is missing here has not been
 measured. Ratios and processor time travel between machines, seconds do not.
-`make bench`, `make peers` and, where there is a GPU, `make gpu-bench` measure again.
+`make bench` and `make peers` measure again. So does `make gpu-bench` where there is a GPU, without network: in ten
+minutes what comes first of sizes and rounds, with `MINUTES=60` all, except for the model of 7 billion parameters, whose
+weights take minutes to draw (`python benchmarks/peers.py --device cuda --sizes qwen2.5-7b`). The tools to race against
+are installed by `make peers-install`; one that is not there does not run, and the others do.
 """
 
 
@@ -60,8 +63,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], found: dict[str, 
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + f"\n*{machine}.*\n"
 
 
-def _interval(found: dict[str, float], digits: int = 3) -> str:
+def _interval(found: dict[str, Any], digits: int = 3) -> str:
+    """An estimate with its interval, which one round alone has not."""
     middle = found.get("estimate", found.get("ratio"))
+    if found["low"] is None:
+        return f"{middle:.{digits}f}"
     return f"{middle:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
 
@@ -136,19 +142,17 @@ def waterfall(results: Path) -> str:
 
 
 def _waterfall(found: dict[str, Any]) -> str:
-    rows = [
-        [
-            f"{row['method']}: {row['setting']}",
-            f"{row['tokens_per_second']:.0f}",
-            _interval(row["speed_up"], 2),
-            _interval(row["speed_up_of_the_step"], 2),
-            f"{row['peak_bytes'] / 1e6:.0f}",
-            f"{row['loss_relative_difference']:.0e}",
-        ]
-        for row in found["rows"]
-    ]
     head = ["setting", "tokens/s", "of the first", "of the one before", "peak MB", "loss apart"]
-    return _table(head, rows, found) + _note(found)
+    return _table(head, map(_setting, found["rows"]), found) + _note(found)
+
+
+def _setting(row: dict[str, Any]) -> list[str]:
+    name = f"{row['method']}: {row['setting']}"
+    if "error" in row:
+        return [name, f"no numbers: {row['error']}", "", "", "", ""]
+    speed_ups = (_interval(row[of], 2) for of in ("speed_up", "speed_up_of_the_step"))
+    rate, peak = f"{row['tokens_per_second']:.0f}", f"{row['peak_bytes'] / 1e6:.0f}"
+    return [name, rate, *speed_ups, peak, f"{row['loss_relative_difference']:.0e}"]
 
 
 def peers(results: Path) -> str:

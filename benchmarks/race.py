@@ -158,6 +158,8 @@ def _read(place: Path, work: Workload) -> dict[str, Any]:
         print(said, file=sys.stderr)
         return {"error": (said.strip().splitlines() or ["no message"])[-1]}
     known: dict[str, Any] = json.loads(result.read_text())
+    if not np.isfinite(known["losses"]).all():
+        return {"error": "a loss is no number"}
     wall_s, cpu_s = np.transpose(known.pop("turns_wall_and_cpu_s")) / work.steps_per_turn
     return known | {"tokens_per_second": work.tokens_per_step / wall_s.mean(), "wall_s": wall_s, "cpu_s": cpu_s}
 

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from contestants.workload import Workload
-from paired import time_left
-from peers import HERE, SIZES, mean_of_rounds, prepared
+from paired import mean_of_rounds, shown, time_left
+from peers import HERE, SIZES, prepared
 from race import CONTESTANTS, NOT_INSTALLED, OWN, RECOMMENDED, command_of, environment_of, is_installed, orders
 
 from tunemap.measure.environment import environment
@@ -155,8 +155,7 @@ def main() -> None:
         found["runs"] += runs(method, peers, environments, arguments.rounds)
     for row in [*found["imports"], *found["runs"]]:
         ratio, seconds = row["cpu_time_ratio"], f"{row['wall_s']:6.2f} s, processor {row['cpu_s']:6.2f} s"
-        interval = f"{ratio['estimate']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        print(f"{row.get('method', 'imports'):8s} {row['name']:28s} {seconds}  {interval}")
+        print(f"{row.get('method', 'imports'):8s} {row['name']:28s} {seconds}  {shown(ratio, 2)}")
     if arguments.output:
         kept = found | {"note": arguments.note, "environment": environment(REPOSITORY).as_dict()}
         arguments.output.write_text(json.dumps(kept, indent=1) + "\n")

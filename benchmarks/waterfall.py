@@ -2,13 +2,15 @@
 
     python benchmarks/waterfall.py                   # CPU, about twenty minutes; prints the table
     python benchmarks/waterfall.py --rounds 5 --output benchmarks/results/waterfall-cpu.json
-    python benchmarks/waterfall.py --device cuda --output benchmarks/results/waterfall-cuda.json
+    python benchmarks/waterfall.py --device cuda --minutes 4 --output benchmarks/results/waterfall-cuda.json
 
 One epoch over the same rows in every setting, with lengths spread as in GSM8K (log-normal; on a CPU prompts of about
 110 and answers of about 130 tokens) and a vocabulary that is large for the model; on a GPU Qwen2.5-0.5B's shape.
 The learning rate is so small that no weight moves, so the mean loss of a label token must be the same in all settings:
 a setting that is fast because it leaves something out is caught here. Settings take turns; a ratio is taken within a
-round, its interval is a t interval of its logarithm over the rounds. Throughput counts real tokens, never padding.
+round, its interval is a t interval of its logarithm over the rounds, and of one round there is none. Every method has
+its first round before one has its second, and the output is written after each run, so that a limit of time leaves
+something of each. Throughput counts real tokens, never padding.
 """
 
 from __future__ import annotations
@@ -16,24 +18,25 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
+import signal
+import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paired import time_left
+from paired import TimeLimit, mean_of_rounds, shown, time_left
 from peers import PRECISIONS, SIZES, Size, architecture
 
 from tunemap import corpora, models
 from tunemap.config import DatasetConfig, Factors, LocalModel, RandomModel
 from tunemap.data import sources, tokens
-from tunemap.files import read_json
+from tunemap.files import read_json, write_json
 from tunemap.measure.environment import environment
 from tunemap.run import Run
-from tunemap.statistics import mean
 from tunemap.training.launch import Paths, launch
 
 SPREAD = 0.4  # standard deviation of the logarithm of the lengths
@@ -67,6 +70,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "packed, logits of labels": {"batching": "packed", "logits": "label_tokens"},
     "the same, compiled": {"batching": "packed", "logits": "label_tokens", "compile": True},
 }
+FIRST = next(iter(SETTINGS))
+Found = dict[str, list[dict[str, Any]]]  # what `measure` says of each setting, round by round
 
 
 def prepare(folder: Path, scale: Scale) -> None:
@@ -129,17 +134,18 @@ def run_of(scale: Scale, method: str, threads: int, setting: dict[str, Any]) -> 
     )
 
 
-def measure(run: Run, prepared: Path, device: str) -> dict[str, float]:
-    """Train once: real tokens per second, peak memory, and the mean loss of a label token over the epoch."""
+def measure(run: Run, prepared: Path, device: str) -> dict[str, Any]:
+    """Train once: real tokens per second, peak memory, and the mean loss of a label token; or an error."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         folders = {one: prepared / one for one in ("model", "dataset", "tokens")}
         paths = Paths(**folders, work=work / "work", weights=work / "weights", steps=work / "steps.csv",
                       outcome=work / "outcome.json")  # fmt: skip
-        launch(run, paths, device=device)
+        if launch(run, paths, device=device):
+            sys.exit("stopped")
         outcome = read_json(paths.outcome)
         if outcome["outcome"] != "ok":
-            raise SystemExit(f"{run.factors.batching}: {outcome['outcome']}: {outcome['reason']}")
+            return {"error": f"{outcome['outcome']}: {outcome['reason']}"}
         with paths.steps.open() as file:
             steps = list(csv.DictReader(file))
     labels = [int(step["label_tokens"]) for step in steps]
@@ -153,76 +159,109 @@ def measure(run: Run, prepared: Path, device: str) -> dict[str, float]:
     }
 
 
-def waterfall(method: str, prepared: Path, device: str, rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Every setting, `rounds` times in turn, against the first and against the one before it."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
-    began, done = time.perf_counter(), 0
-    for turn in range(rounds):
-        names = list(SETTINGS) if turn % 2 == 0 else list(reversed(SETTINGS))
-        for name in names:
-            results[name].append(measure(run_of(SCALES[device], method, threads, SETTINGS[name]), prepared, device))
-            done += 1
-            left = time_left(began, done, rounds * len(names))
-            print(f"{method}, round {turn + 1}/{rounds}: {name}, {left}", flush=True)
-    first = next(iter(SETTINGS))
-    table, before = [], first
-    for name, found in results.items():
-        apart = abs(found[0]["loss"] / results[first][0]["loss"] - 1)
-        if apart > ALLOWED[SCALES[device].size.dtype] or found[0]["label_tokens"] != results[first][0]["label_tokens"]:
-            raise SystemExit(f"{name}: the loss differs by {apart:.1e} from that of '{first}': not the same work")
-        table.append(
-            {
-                "method": method,
-                "setting": name,
-                "tokens_per_second": float(np.median([one["tokens_per_second"] for one in found])),
-                "peak_bytes": found[0]["peak_bytes"],
-                "loss_relative_difference": apart,
-                "speed_up": _ratio(found, results[first]),
-                "speed_up_of_the_step": _ratio(found, results[before]),
-            }
-        )
+def waterfall(
+    methods: list[str], prepared: Path, device: str, rounds: int, threads: int, limit: TimeLimit
+) -> Iterator[list[dict[str, Any]]]:
+    """The table after each run: all settings `rounds` times in turn, until the limit. Who fails has no further runs."""
+    scale = SCALES[device]
+    found: dict[str, Found] = {method: {name: [] for name in SETTINGS} for method in methods}
+    parts = [(turn, method, name) for turn in range(rounds) for method in methods for name in _order(turn)]
+    began = time.perf_counter()
+    for done, (turn, method, name) in enumerate(parts, start=1):
+        if any("error" in run for run in found[method][name]):
+            continue
+        if not limit.another():
+            print(f"no time for the last {len(parts) + 1 - done} of {len(parts)} runs")
+            return
+        found[method][name].append(measure(run_of(scale, method, threads, SETTINGS[name]), prepared, device))
+        print(f"{method}, round {turn + 1}/{rounds}: {name}, {time_left(began, done, len(parts))}", flush=True)
+        yield [row for one in methods for row in rows_of(one, found[one], ALLOWED[scale.size.dtype])]
+
+
+def _order(turn: int) -> list[str]:
+    return list(SETTINGS) if turn % 2 == 0 else list(reversed(SETTINGS))
+
+
+def rows_of(method: str, found: Found, allowed: float) -> list[dict[str, Any]]:
+    """What is known of each setting, against the first and against the one before it that did the same work."""
+    rows, before = [], FIRST
+    for name, runs in found.items():
+        if not runs:
+            continue
+        row: dict[str, Any] = {"method": method, "setting": name}
+        if error := _error(runs, found[FIRST], allowed):
+            rows.append(row | {"error": error})
+            continue
+        row |= {
+            "rounds": len(runs),
+            "tokens_per_second": float(np.median([run["tokens_per_second"] for run in runs])),
+            "peak_bytes": runs[0]["peak_bytes"],
+            "loss_relative_difference": _apart(runs[0], found[FIRST][0]),
+            "speed_up": _ratio(runs, found[FIRST]),
+            "speed_up_of_the_step": _ratio(runs, found[before]),
+        }
+        rows.append(row)
         before = name
-    return table
+    return rows
 
 
-def _ratio(above: list[dict[str, float]], below: list[dict[str, float]]) -> dict[str, float]:
-    """Geometric mean of the throughputs' ratio over the rounds, with its interval."""
-    logarithms = [np.log(a["tokens_per_second"] / b["tokens_per_second"]) for a, b in zip(above, below, strict=True)]
-    return {name: math.exp(value) for name, value in asdict(mean(logarithms)).items()}
+def _error(runs: list[dict[str, Any]], first: list[dict[str, Any]], allowed: float) -> str | None:
+    """Why a setting has no numbers: it failed, the first did, or it is not the same work."""
+    if failed := [run["error"] for run in [*runs, *first] if "error" in run]:
+        return str(failed[0])
+    apart = _apart(runs[0], first[0])
+    if apart <= allowed and runs[0]["label_tokens"] == first[0]["label_tokens"]:
+        return None
+    return f"the loss differs by {apart:.1e} from that of '{FIRST}': not the same work"
+
+
+def _apart(run: dict[str, Any], first: dict[str, Any]) -> float:
+    return float(abs(run["loss"] / first["loss"] - 1))
+
+
+def _ratio(above: list[dict[str, Any]], below: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Of the throughputs, over the rounds that both have had."""
+    return mean_of_rounds([a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(above, below, strict=False)])
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    columns = f"{'method':6s} {'setting':26s} {'tokens/s':>8s}"
+    print(f"\n{columns}  {'of the first':22s} {'of the one before':22s} {'peak MB':>7s}")
+    for row in table:
+        start = f"{row['method']:6s} {row['setting']:26s}"
+        if "error" in row:
+            print(f"{start} no numbers: {row['error']}")
+            continue
+        first, before = (shown(row[name], 2) for name in ("speed_up", "speed_up_of_the_step"))
+        rate, peak = f"{row['tokens_per_second']:8.0f}", f"{row['peak_bytes'] / 1e6:7.1f}"
+        print(f"{start} {rate}  {first:22s} {before:22s} {peak}")
 
 
 def main() -> None:
-    """Read the command line, measure, print and keep the table."""
+    """Read the command line, measure, print and keep the table; fails where a setting has no numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(SCALES), default="cpu")
     parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, help="begin no run that is not done in so many (default: no limit)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="json file to keep the results in")
     parser.add_argument("--note", help="what a reader of the results must know of their making; kept with them")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # leave no folder behind
+    limit, device = TimeLimit(arguments.minutes), arguments.device
+    described = environment(Path(__file__).resolve().parents[1]).as_dict()
+    table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder) / "prepared", SCALES[arguments.device])
-        table = [
-            row
-            for method in arguments.methods
-            for row in waterfall(
-                method, Path(folder) / "prepared", arguments.device, arguments.rounds, arguments.threads
-            )
-        ]
-    columns = f"{'method':6s} {'setting':26s} {'tokens/s':>8s}"
-    print(f"\n{columns}  {'of the first':22s} {'of the one before':22s} {'peak MB':>7s}")
-    for row in table:
-        shown = [
-            f"{one['estimate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
-            for one in (row["speed_up"], row["speed_up_of_the_step"])
-        ]
-        rate, peak = f"{row['tokens_per_second']:8.0f}", f"{row['peak_bytes'] / 1e6:7.1f}"
-        print(f"{row['method']:6s} {row['setting']:26s} {rate}  {shown[0]:22s} {shown[1]:22s} {peak}")
-    if arguments.output:
-        described = environment(Path(__file__).resolve().parents[1]).as_dict()
-        known = {"note": arguments.note, "environment": described}
-        arguments.output.write_text(json.dumps({"rows": table} | known, indent=1) + "\n")
+        prepared = Path(folder) / "prepared"
+        prepare(prepared, SCALES[device])
+        for table in waterfall(arguments.methods, prepared, device, arguments.rounds, arguments.threads, limit):
+            if arguments.output:  # at once: the rest takes long, and may not come to its end
+                write_json(arguments.output, {"rows": table, "note": arguments.note, "environment": described})
+    show(table)
+    if any("error" in row for row in table):
+        sys.exit("a setting has no numbers")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """The benchmarks' own arithmetic and promises, without what they measure."""
 
+import argparse
 import importlib
 import json
 import os
+import re
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tunemap.config import Factors
@@ -178,3 +183,105 @@ def test_methods_share_a_model_that_is_drawn_once(module, workload, monkeypatch)
         assert len({(folder / "model" / "model.safetensors").resolve() for folder in folders}) == 1
         assert peers.flops_per_token(folders[0], works[0]) > peers.flops_per_token(folders[1], works[1])
     assert len(drawn) == 1
+
+
+def test_a_part_begins_only_if_one_as_long_as_the_longest_fits(module):
+    times = iter([0.0, 10.0, 30.0, 35.0, 41.0])
+    limit = module("paired").TimeLimit(1.0, clock=lambda: next(times))
+    assert [limit.another() for _ in range(4)] == [True, True, True, False]  # 41 s, and one took 20 s
+    times = iter([0.0, 1e9])
+    assert module("paired").TimeLimit(None, clock=lambda: next(times)).another()
+
+
+def test_one_round_has_a_ratio_and_no_interval(module):
+    paired = module("paired")
+    assert paired.shown(paired.mean_of_rounds([1.5])) == "1.500"
+    assert json.loads(json.dumps(paired.mean_of_rounds([1.5]), allow_nan=False))["low"] is None
+    assert paired.shown(paired.mean_of_rounds([2.0, 2.0]), 1) == "2.0 [2.0, 2.0]"
+
+
+@pytest.fixture
+def raced(module, workload, monkeypatch):
+    """Rows of both methods after each round of a race of which only its turns are real, and who ran in it."""
+    peers, ran = module("peers"), []
+
+    def race(names, folder, environments, *, everywhere):
+        ran.append(names)
+        known = {"tokens_per_second": 1.0, "own_tokens_per_second": 1.0, "peak_allocated_bytes": None, "losses": [1.0]}
+        return {
+            name: {"error": "oom"} if name == "trl" else known | {"wall_s": np.ones(1), "cpu_s": np.ones(1)}
+            for name in names
+        }
+
+    def measure(names, minutes=None):
+        works = [workload(method=method) for method in ("lora", "full")]
+        arguments = argparse.Namespace(environments=Path(), rounds=2, our_allocator=False)
+        return list(peers.measure(works, names, arguments, 1.0, module("paired").TimeLimit(minutes))), ran
+
+    monkeypatch.setattr(peers, "race", race)
+    return measure
+
+
+def test_each_method_has_a_round_before_one_has_its_second(raced):
+    tables, ran = raced(["tunemap", "trl", "trainer"])
+    rounds = [(work.method, rows[0]["rounds"]) for work, rows in tables]
+    assert rounds == [("lora", 1), ("full", 1), ("lora", 2), ("full", 2)]
+    assert [[row.get("error") for row in rows] for _, rows in tables] == [[None, "oom", None]] * 4
+    assert ["trl" in names for names in ran] == [True, True, False, False]  # who fails does not race on
+
+
+def test_a_race_without_time_has_no_rows(raced):
+    assert raced(["tunemap"], minutes=0.0) == ([], [])
+
+
+@pytest.fixture
+def settings(module, monkeypatch, tmp_path):
+    """Tables of the waterfall after each run, of two rounds in which only the order of the runs is real."""
+    waterfall = module("waterfall")
+
+    def measure(run, prepared, device):
+        known = {"tokens_per_second": 100.0, "peak_bytes": 1e6, "label_tokens": 5, "loss": 2.0}
+        if run.factors.compile:
+            return {"error": "error: no compiler"}
+        return known | ({"loss": 2.1} if run.factors.logits == "label_tokens" else {})
+
+    monkeypatch.setattr(waterfall, "measure", measure)
+    limit = module("paired").TimeLimit(None)
+    return list(waterfall.waterfall(["lora", "full"], tmp_path, "cpu", 2, 1, limit))
+
+
+def test_the_waterfall_says_after_each_run_what_is_known(settings, page_of):
+    first, last = settings[0], settings[-1]
+    assert [(row["method"], row["setting"], row["rounds"]) for row in first] == [("lora", "padded to max_length", 1)]
+    assert len(settings) == 24 - 2  # a setting that failed once is not tried again
+    assert [row["method"] for row in settings[6]] == ["lora"] * 6 + ["full"]
+    assert {row["rounds"] for row in last if "error" not in row} == {2}
+    errors = [row["error"] for row in last if "error" in row]
+    apart = "the loss differs by 5.0e-02 from that of 'padded to max_length': not the same work"
+    assert errors == [apart, "error: no compiler"] * 2
+    page = page_of("waterfall-cpu", last)
+    assert f"| lora: packed, logits of labels | no numbers: {apart} |" in page
+    assert "| full: packed | 100 | 1.00 [1.00, 1.00] |" in page
+
+
+def test_steps_on_a_gpu_go_on_after_one_that_fails_and_end_with_the_minutes(module, capfd, monkeypatch):
+    gpu = module("gpu")
+    monkeypatch.setattr(gpu, "KEPT_S", 0.0)
+
+    def step(name, code, share=None):
+        script = f"import sys, time; print('{name}', *sys.argv[1:], flush=True); {code}"
+        return gpu.Step(name, (sys.executable, "-c", script), share)
+
+    assert gpu.take([step("bad", "time.sleep(1); sys.exit(1)"), step("good", "pass", share=0.5)], 10.0) == ["bad"]
+    assert re.search(r"^good --minutes 4\.\d\d$", capfd.readouterr().out, flags=re.MULTILINE)
+    assert gpu.take([step("long", "time.sleep(60)"), step("late", "time.sleep(60)")], 0.01) == ["long", "late"]
+    assert capfd.readouterr().out.count("stopped: the minutes are over") == 2
+
+
+def test_what_a_gpu_is_measured_by_installs_nothing(module, tmp_path):
+    steps = module("gpu").steps_of(tmp_path)
+    words = [str(word) for step in steps for word in step.command]
+    assert "--install" not in words
+    assert "qwen2.5-7b" not in words
+    assert [step.name for step in steps] == ["ceiling", "lean-step", "waterfall", "peers"]
+    assert str(tmp_path / "lean-step-cuda.json") in words  # where performance.py looks

@@ -47,7 +47,7 @@ def run_data_stats(args: argparse.Namespace) -> int:
 
 def data_statistics(args: argparse.Namespace) -> dict[str, Any]:
     """The statistics of every row of a file (as training rows), or of a folder's splits, with key `gates`."""
-    from tunemap.data.sources import RawData, label_names_of, read_records, read_source, rows_of
+    from tunemap.data.sources import RawData, labels_of, read_records, read_source, rows_of
     from tunemap.data.statistics import dataset_statistics
     from tunemap.data.tokenizers import load_tokenizer, resolve_tokenizer
     from tunemap.data.tokens import encode_answers, encode_prompts, encode_texts
@@ -68,13 +68,13 @@ def data_statistics(args: argparse.Namespace) -> dict[str, Any]:
         raw = RawData(read_records(path), [], "test")
     else:
         raise UserError(f"--path {path}: no such file or folder")
-    label_names = label_names_of(dataset, raw)
-    train_rows = rows_of(dataset, "train", raw.train, label_names)
-    test_rows = rows_of(dataset, raw.test_split, raw.test, label_names)
+    labels = labels_of(dataset, raw)
+    train_rows = rows_of(dataset, "train", raw.train, labels)
+    test_rows = rows_of(dataset, raw.test_split, raw.test, labels)
     options = {"prompt_template": template_text(args.template), "system_prompt": args.system_prompt}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(resolve_tokenizer(args.tokenizer, Path(scratch)))
-    if label_names:
+    if labels.names:
         train, test = (encode_texts(rows, tokenizer, args.max_length, **options) for rows in (train_rows, test_rows))
     else:
         train = encode_answers(train_rows, tokenizer, args.max_length, **options)

@@ -24,7 +24,7 @@ from tunemap.config import DatasetConfig
 from tunemap.data.locate import given_file, hub_files, local_folder, split_files
 from tunemap.data.made import made_records
 from tunemap.data.rows import PlacedRecord, normalised, not_utf8, read_rows, write_rows
-from tunemap.data.tasks import TASKS, classification_row, columns, found_label_names, generation_row, text_of
+from tunemap.data.tasks import TASKS, Labels, classification_row, columns, found_label_names, generation_row, text_of
 from tunemap.errors import UserError
 from tunemap.files import sha256_of, write_sealed
 
@@ -66,10 +66,10 @@ def prepare(dataset: DatasetConfig, destination: Path, *, data_root: Path | None
         "train": _choose(clean, train_rows, dataset.seed, "train_rows"),
         "test": _choose(range(len(raw.test)), dataset.test_rows, dataset.seed, "test_rows"),
     }
-    label_names = label_names_of(dataset, raw)
+    labels = labels_of(dataset, raw)
     rows = {
-        "train": rows_of(dataset, "train", raw.train, label_names, chosen["train"]),
-        "test": rows_of(dataset, raw.test_split, raw.test, label_names, chosen["test"]),
+        "train": rows_of(dataset, "train", raw.train, labels, chosen["train"]),
+        "test": rows_of(dataset, raw.test_split, raw.test, labels, chosen["test"]),
     }
     for split, split_rows in rows.items():
         write_rows(destination / f"{split}.jsonl", split_rows)
@@ -84,8 +84,8 @@ def prepare(dataset: DatasetConfig, destination: Path, *, data_root: Path | None
         "rows": {split: len(split_rows) for split, split_rows in rows.items()},
         "available_rows": {"train": len(raw.train), "test": len(raw.test)},
         "seed": dataset.seed,
-        "num_labels": len(label_names) or None,
-        "label_names": list(label_names) or None,
+        "num_labels": len(labels.names) or None,
+        "label_names": list(labels.names) or None,
         "sha256": {split: sha256_of(destination / f"{split}.jsonl") for split in rows},
         "overlap": {
             "removed_rows": len(removed),
@@ -211,27 +211,27 @@ def _read_hub(path: str, subset: str | None, revision: str | None, dataset: Data
         return RawData(splits["train"].to_list(), splits[test_split].to_list(), test_split, tuple(names))
 
 
-def label_names_of(dataset: DatasetConfig, raw: RawData) -> tuple[str, ...]:
+def labels_of(dataset: DatasetConfig, raw: RawData) -> Labels:
     """The classes of a classification task: the task's own, the source's, or those found; none for generation.
 
     Raises UserError where the rows have one class only.
     """
     task = TASKS[dataset.task]
     if task.kind != "classification":
-        return ()
+        return Labels()
     if known := task.label_names or raw.label_names:
-        return known
+        return Labels(known, numbered=True)
     found = found_label_names(raw.train, columns(dataset)[1])
     if len(found) < 2:
         raise UserError(f"{_place(raw)}: every training row has the label {found[0]!r}; classes need two or more")
-    return found
+    return Labels(found)
 
 
 def rows_of(
     dataset: DatasetConfig,
     split: str,
     records: Sequence[Record],
-    label_names: tuple[str, ...],
+    labels: Labels,
     chosen: Sequence[int] | None = None,
 ) -> list[Record]:
     """The rows that records become, all of them or the chosen ones."""
@@ -240,7 +240,7 @@ def rows_of(
     for index in range(len(records)) if chosen is None else chosen:
         row_id = _row_id(dataset, split, index)
         if TASKS[dataset.task].kind == "classification":
-            rows.append(classification_row(row_id, records[index], *fields, label_names))
+            rows.append(classification_row(row_id, records[index], *fields, labels))
         else:
             rows.append(generation_row(row_id, records[index], *fields))
     return rows

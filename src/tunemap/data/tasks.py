@@ -25,6 +25,18 @@ class Task:
     test_splits: tuple[str, ...] = TEST_SPLITS  # the first that exists is the test split
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a classification task; no names for generation.
+
+    numbered: rows may hold the index of a name in its place, because the task or the source names the classes. Of names
+              that were found in training rows, another number is another class.
+    """
+
+    names: tuple[str, ...] = ()
+    numbered: bool = False
+
+
 TASKS = {
     "arithmetic": Task("generation", "question", "answer"),
     "gsm8k": Task("generation", "question", "answer"),
@@ -55,23 +67,24 @@ def generation_row(row_id: str, record: dict[str, Any], prompt_field: str, answe
 
 
 def classification_row(
-    row_id: str, record: dict[str, Any], prompt_field: str, answer_field: str, label_names: tuple[str, ...]
+    row_id: str, record: dict[str, Any], prompt_field: str, answer_field: str, labels: Labels
 ) -> dict[str, Any]:
-    """A text with its class: {"id", "prompt", "label", "label_name"}; labels are names, or indices of names."""
-    written = text_of(record, answer_field, row_id)
-    if written in label_names:
-        label = label_names.index(written)
-    elif written.isdecimal() and len(written) <= LONGEST_NUMBER and int(written) < len(label_names):
+    """A text with its class: {"id", "prompt", "label", "label_name"}; labels are names, or indices of given names."""
+    written, names = text_of(record, answer_field, row_id), labels.names
+    is_index = labels.numbered and written.isdecimal() and len(written) <= LONGEST_NUMBER and int(written) < len(names)
+    if written in names:
+        label = names.index(written)
+    elif is_index:
         label = int(written)
     else:
-        named = (name if name == str(index) else f"{index} or {name}" for index, name in enumerate(label_names))
-        allowed = ", ".join(named)
+        numbered = (name if name == str(index) else f"{index} or {name}" for index, name in enumerate(names))
+        allowed = ", ".join(numbered) if labels.numbered else f"a label of the training rows: {', '.join(names)}"
         raise UserError(f"{_place(record, row_id)}: {answer_field} is {_shown(written)}; expected {allowed}")
     return {
         "id": row_id,
         "prompt": text_of(record, prompt_field, row_id).strip(),
         "label": label,
-        "label_name": label_names[label],
+        "label_name": names[label],
     }
 
 

@@ -238,6 +238,18 @@ def test_own_labels_are_found_and_sorted(tmp_path: Path) -> None:
     assert test[0] == {"id": "classification-test-0", "prompt": 'say "no', "label": 2, "label_name": "10"}
 
 
+@pytest.mark.parametrize("unseen", [0, 3, 6])
+def test_a_number_that_no_training_row_has_is_no_index_of_another_class(tmp_path: Path, unseen: int) -> None:
+    write_lines(tmp_path / "a.jsonl", *(json.dumps({"text": f"text {i}", "stars": i}) for i in (1, 2, 4, 5)))
+    write_lines(tmp_path / "b.jsonl", '{"text": "seen", "stars": 4}', json.dumps({"text": "new", "stars": unseen}))
+    message = rf"b\.jsonl, line 2: classification-test-1: stars is '{unseen}'; expected a label .*: 1, 2, 4, 5$"
+    with pytest.raises(UserError, match=message):
+        prepared(
+            tmp_path / "out", tmp_path, task="classification", source="file", train_file="a.jsonl",
+            test_file="b.jsonl", prompt_field="text", answer_field="stars",
+        )  # fmt: skip
+
+
 def own(**changes: Any) -> dict[str, Any]:
     keys = {
         "task": "generation",
@@ -265,7 +277,7 @@ def own(**changes: Any) -> dict[str, Any]:
         (own(train_file="empty.csv"), r"empty\.csv: empty; expected a header line"),
         (own(train_file="blank.jsonl"), "generation-train-0: field 'reply' is ' '; expected text or a number"),
         (own(task="classification"), r"train\.jsonl: every training row has the label 'a'; classes need two or more"),
-        (own(task="classification", train_file="two.csv"), "classification-test-0: reply is 'c'; expected 0, 1 or b"),
+        (own(task="classification", train_file="two.csv"), "reply is 'c'; expected a label .*: 0, b$"),
         ({"task": "gsm8k", "source": "local"}, "source local: path is missing"),
         ({"task": "gsm8k", "source": "local", "path": "nowhere"}, "nowhere is no folder"),
         ({"task": "gsm8k", "source": "local", "path": "bare"}, "bare holds no data; expected train and test files"),

@@ -254,7 +254,10 @@ def _in_backbone(model: PreTrainedModel, name: str) -> bool:
 
 
 def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
-    """Normal weights and zero biases, as transformers draws them, but from `seed` and always on the CPU."""
+    """Normal weights, zero biases and norms of one, as transformers draws them, but from `seed` and on the CPU.
+
+    A norm of zero would pass nothing on, and no gradient to what lies before it.
+    """
     generator = torch.Generator().manual_seed(seed)
     deviation = getattr(model.config, "initializer_range", 0.02)
     parameters = dict(model.named_parameters())
@@ -262,7 +265,7 @@ def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
         for name in names:
             parameter = parameters[name]
             if parameter.dim() < 2:
-                parameter.zero_()
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import norm
+from transformers import ModernBertConfig, ModernBertModel
 
 from tunemap.config import LocalModel
 from tunemap.errors import UserError
@@ -148,6 +149,16 @@ def test_new_head_is_normal_with_zero_bias(distilbert):
     assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert abs(weight.mean().item()) < 5 * 0.02 / math.sqrt(weight.numel())
     assert not head["pre_classifier.bias"].any()
+
+
+def test_new_norm_of_a_head_lets_the_text_through(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModernBertConfig(vocab_size=64, max_position_embeddings=32, pad_token_id=0, **sizes)
+    ModernBertModel(config).save_pretrained(tmp_path)
+    model = _load(tmp_path, "classification")
+    assert torch.equal(model.head.norm.weight, torch.ones(32))
+    model(input_ids=torch.arange(1, 9)[None]).logits.square().sum().backward()
+    assert model.head.dense.weight.grad.abs().max() > 0
 
 
 # --- weights that do not fit ---

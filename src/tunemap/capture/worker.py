@@ -73,13 +73,16 @@ def _capture(arguments: argparse.Namespace) -> None:
         from tunemap.training.checkpoint import seed_everything
         from tunemap.training.loop import Loop
 
-    run = shortened(Run.from_json(arguments.run_file.read_text()), arguments.backend)
+    whole = Run.from_json(arguments.run_file.read_text())
+    run = shortened(whole, arguments.backend)
     factors = run.factors
     torch.set_num_threads(factors.threads_per_process)
     world = join_world(arguments.device, strategy=factors.strategy, expected_size=factors.gpus)
     tokens = load_tokens(arguments.tokens)
     schedule = schedule_of(factors, tokens, world)
-    assembled = assemble(run, arguments.model, world, schedule, tokens)
+    # A method's schedule of its own, such as AdaLoRA's, is that of the whole run: what is traced are its first steps.
+    total_steps = schedule_of(whole.factors, tokens, world).steps
+    assembled = assemble(run, arguments.model, world, schedule, tokens, total_steps=total_steps)
     state = assembled.state
     state.memory = {}  # the memory tracker stays out of the window
     seed_everything(factors.seed, world.rank)

@@ -61,11 +61,12 @@ def assemble(
     *,
     estimating: Callable[[], AbstractContextManager[None]] = nullcontext,
     planned: dict[str, Any] | None = None,
+    total_steps: int | None = None,
 ) -> Assembled:
     """Build model, optimizer and scaler of a run on this rank's device.
 
     `estimating` is opened around what a method computes from data; `planned` is what it had decided before this run
-    was interrupted.
+    was interrupted; `total_steps` are those of the whole run where `schedule` ends before, as in a capture.
     """
     factors = run.factors
     precision = PRECISIONS[factors.precision]
@@ -97,7 +98,7 @@ def assemble(
             batches=lambda shared: _estimation_batches(run, tokens, world, shared=shared),
             loss_function=lambda model, batch: _estimation_loss(model, batch, precision, world.device.type),
             load_original=lambda: load(None),
-            total_steps=schedule.steps,
+            total_steps=schedule.steps if total_steps is None else total_steps,
             estimating=estimating,
             checkpointing=factors.gradient_checkpointing,
             planned=planned,

@@ -15,7 +15,6 @@ from typing import Any, get_type_hints
 import torch
 from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer, initialize_lora_eva_weights
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -236,20 +235,17 @@ def loraplus_optimizer(
     weight_decay: float = 0.0,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """PEFT's LoRA+ optimizer: B learns `ratio` times as fast as A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
+    """LoRA+: B learns `ratio` times as fast as all else (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
 
-    PEFT's helper reads the weight decay under a name of its own and would silently ignore the usual one.
+    PEFT's own helper also speeds up whatever has one dimension, such as the biases of a classifier's head.
     """
-    if not any("lora_B" in name for name, parameter in peft_model.named_parameters() if parameter.requires_grad):
+    trained = {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    fast = [parameter for name, parameter in trained.items() if "lora_B" in name]
+    if not fast:
         raise UserError("lora+: the model has no trainable lora_B; LoRA+ needs a method of the LoRA family")
-    return create_loraplus_optimizer(
-        peft_model,
-        optimizer_class,
-        lr=lr,
-        loraplus_lr_ratio=ratio,
-        loraplus_weight_decay=weight_decay,
-        **options,
-    )
+    others = [parameter for name, parameter in trained.items() if "lora_B" not in name]
+    groups = [{"params": others, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+    return optimizer_class(groups, lr=lr, weight_decay=weight_decay, **options)
 
 
 def _entry(peft_type: str) -> tuple[str, PeftMethod]:

@@ -344,6 +344,15 @@ def test_loraplus_gives_b_the_ratio_and_keeps_the_weight_decay():
         assert settings[id(parameter)] == (pytest.approx(expected), 0.1)
 
 
+def test_loraplus_leaves_the_head_of_a_classifier_at_the_rate_of_all_else():
+    config = LoraConfig(r=2, target_modules=["q_lin"], modules_to_save=["pre_classifier"], task_type="SEQ_CLS")
+    model = get_peft_model(tiny_model("LORA", "SEQ_CLS"), config)
+    optimizer = peft_types.loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, ratio=16)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    fast = {names[id(p)] for group in optimizer.param_groups if group["lr"] > 1e-3 for p in group["params"]}
+    assert fast == {name for name in names.values() if "lora_B" in name}
+
+
 def test_loraplus_needs_a_lora():
     with pytest.raises(UserError, match="no trainable lora_B"):
         peft_types.loraplus_optimizer(tiny_model("LORA", "CAUSAL_LM"), torch.optim.AdamW, lr=1e-3, ratio=16)

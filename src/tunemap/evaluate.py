@@ -89,15 +89,16 @@ def load_trained(
         device=device,
     )
     if isinstance(method, AdapterMethod):
-        from peft import PeftModel
+        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
-        # peft makes adapters in the base's dtype, which may hold less than they do: float32 first, then as in training.
-        low_rank = isinstance(method, LowRankMethod)
-        in_float32 = low_rank or method.adapter_dtype == "float32"
+        from tunemap.methods.apply import set_dtypes
+
+        in_float32 = isinstance(method, LowRankMethod) or method.adapter_dtype == "float32"
         model = PeftModel.from_pretrained(model, weights_folder, autocast_adapter_dtype=in_float32)
-        for name, parameter in model.named_parameters() if low_rank else ():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(DTYPES[method.adapter_dtype])
+        # peft makes adapters and heads in the base's dtype, which may hold less than they do: load them once more.
+        saved = load_peft_weights(str(weights_folder), device="cpu")
+        set_dtypes(model, DTYPES[method.adapter_dtype], precision.trained, trained=saved.keys())
+        set_peft_model_state_dict(model, saved)
     return model
 
 

@@ -28,6 +28,7 @@ from tunemap.config import (
 from tunemap.data.prompts import check_template
 from tunemap.errors import UserError, unknown_key
 from tunemap.flaws import LETS_THROUGH, Flaw, experiment_flaws, run_flaws
+from tunemap.methods.dtypes import dtype_reason
 from tunemap.methods.sharding import UNSHARDABLE
 from tunemap.run import TASK_KINDS, Run
 
@@ -492,6 +493,10 @@ def _method_reasons(run: Run) -> Iterator[str]:
         yield f"estimation_batches {method.estimation_batches} leaves one of {factors.gpus} devices without a batch"
     if isinstance(method, PeftMethod) and sharded and method.type in UNSHARDABLE:
         yield f"{method.type} cannot be sharded by {factors.strategy}: {UNSHARDABLE[method.type]}; use single or ddp"
+    if isinstance(method, PeftMethod) and (
+        reason := dtype_reason(method.type, method.adapter_dtype, factors.precision)
+    ):
+        yield reason
     if isinstance(method, PeftMethod) and method.type in VIRTUAL_TOKENS and factors.batching == "packed":
         yield f"{method.type} puts virtual tokens before each row, which holds several examples if packed"
     yield from _optimizer_reasons(run)

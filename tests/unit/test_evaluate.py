@@ -17,15 +17,24 @@ from torch import nn
 from transformers import GenerationConfig
 
 from tunemap import corpora, evaluate, evaluation
-from tunemap.config import DatasetConfig, Factors, FullMethod, LoraMethod, PeftMethod, QloraMethod, RandomModel
+from tunemap.config import (
+    AdapterMethod,
+    DatasetConfig,
+    Factors,
+    FullMethod,
+    LoraMethod,
+    PeftMethod,
+    QloraMethod,
+    RandomModel,
+)
 from tunemap.data.sources import prepare as prepare_dataset
 from tunemap.data.tokens import Tokens, load_tokens, tokenize
 from tunemap.distributed.world import World
 from tunemap.evaluate import ends_of, evaluate_share, load_trained
 from tunemap.evaluation import evaluate_to_files
 from tunemap.files import read_json, write_json
-from tunemap.methods.apply import apply_method
-from tunemap.methods.peft_types import apply_peft, build_config
+from tunemap.methods.apply import Start, adapt, apply_method
+from tunemap.methods.undisturbed import model_loss
 from tunemap.models import prepare as prepare_model
 from tunemap.models.loading import load_model, load_tokenizer
 from tunemap.predictions import Share, batches_of, combine, share_from_json
@@ -314,7 +323,7 @@ def test_an_example_that_is_missing_or_answered_twice_is_an_error(root):
 def load(root: Path, run: Run) -> nn.Module:
     """The model as training loads it, in evaluation mode."""
     precision = PRECISIONS[run.factors.precision]
-    frozen = run.is_base or isinstance(run.method, LoraMethod)
+    frozen = run.is_base or isinstance(run.method, AdapterMethod)
     return load_model(
         root / MODELS[run.task_kind],
         task_kind=run.task_kind,
@@ -328,20 +337,19 @@ def load(root: Path, run: Run) -> nn.Module:
 
 
 def trained(root: Path, run: Run) -> nn.Module:
-    precision = PRECISIONS[run.factors.precision]
-    model = apply_method(
-        load(root, run),
-        run.method,
-        task_kind=run.task_kind,
-        trained_dtype=precision.trained,
-        adapter_dtype=DTYPES[run.method.adapter_dtype] if isinstance(run.method, LoraMethod) else None,
-        seed=run.factors.seed,
-    )
-    return moved(model)
-
-
-def moved(model: nn.Module) -> nn.Module:
     """A model whose every trainable weight has moved, as after some training."""
+    precision, loaded = PRECISIONS[run.factors.precision], load(root, run)
+    options: dict[str, Any] = {
+        "task_kind": run.task_kind,
+        "trained_dtype": precision.trained,
+        "adapter_dtype": DTYPES[run.method.adapter_dtype] if isinstance(run.method, AdapterMethod) else None,
+        "seed": run.factors.seed,
+    }
+    if isinstance(run.method, PeftMethod):
+        start = Start(batches=lambda shared: [], loss_function=model_loss, load_original=lambda: loaded, total_steps=9)
+        model = adapt(loaded, run.method, start=start, **options).model
+    else:
+        model = apply_method(loaded, run.method, **options)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -381,6 +389,9 @@ def test_the_base_model_is_the_prepared_one(root, kind, precision):
         (QloraMethod(kind="qlora", rank=4), "fp32"),
         (QloraMethod(kind="qlora", rank=4, quantization_type="fp4", double_quantization=False), "fp32"),
         (QloraMethod(kind="qlora", rank=4), "bf16"),
+        (PeftMethod(kind="peft", type="LN_TUNING"), "bf16"),
+        (PeftMethod(kind="peft", type="LN_TUNING"), "fp16"),
+        (PeftMethod(kind="peft", type="VERA", adapter_dtype="bfloat16"), "bf16"),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.kind}-{getattr(value, 'adapter_dtype', '')}",
 )
@@ -395,17 +406,16 @@ def test_a_saved_run_gives_the_logits_of_the_model_in_memory(root, tmp_path, kin
     assert not again.training
     stored = dict(again.named_parameters())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_" in name:
+        if parameter.requires_grad:
             assert stored[name].dtype == parameter.dtype
+            assert torch.equal(stored[name], parameter)
 
 
 @pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"])
 def test_answers_behind_virtual_tokens_do_not_depend_on_batches_or_processes(root, tmp_path, peft_type):
     method = PeftMethod(kind="peft", type=peft_type, parameters={"num_virtual_tokens": 5})
     run = run_of(method=method, evaluation_batch_size=1)
-    base = load(root, run)
-    config = build_config(peft_type, method.parameters, model=base, task_type="CAUSAL_LM")
-    save_weights(moved(apply_peft(base, config)), run, root / "qwen2", tmp_path / "weights", WORLD)
+    save_weights(trained(root, run), run, root / "qwen2", tmp_path / "weights", WORLD)
     _, alone = evaluated(root, run, tmp_path / "weights")
     assert len({prediction.output for prediction in alone}) > 1
     shares = shares_of(root, run_of(method=method, evaluation_batch_size=13), tmp_path / "weights", processes=2)

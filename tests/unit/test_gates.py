@@ -226,6 +226,13 @@ def test_home_made_and_mixed_adapter_layers_trip() -> None:
     assert not adapters_gate({}, set(), "float32").passed
 
 
+def test_a_head_of_another_dtype_than_other_methods_heads_trips() -> None:
+    layers = {"peft.a.Linear": 2, "peft.a.Embedding": 1}
+    options: dict[str, Any] = {"trained_dtype": "float32", "one_class": False}
+    assert adapters_gate(layers, {"bfloat16"}, "bfloat16", others={"float32"}, **options).passed
+    assert not adapters_gate(layers, {"bfloat16"}, "bfloat16", others={"float32", "bfloat16"}, **options).passed
+
+
 def test_autocast_allows_what_stays_in_float32_up_to_5_percent() -> None:
     assert autocast_gate({"bfloat16": 96, "float32": 4}, "bfloat16").passed
     assert not autocast_gate({"bfloat16": 94, "float32": 6}, "bfloat16").passed

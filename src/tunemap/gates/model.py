@@ -135,16 +135,29 @@ def documents_apart_gate(reach_before: float, reach_within: float) -> GateResult
 
 
 @gate(4)
-def adapters_gate(layers: Mapping[str, int], dtypes: Collection[str], asked_dtype: str) -> GateResult:
-    """Adapters are layers of peft, one class in the whole model, kept in the dtype that the factor names.
+def adapters_gate(
+    layers: Mapping[str, int],
+    dtypes: Collection[str],
+    asked_dtype: str,
+    *,
+    others: Collection[str] = (),
+    trained_dtype: str = "float32",
+    one_class: bool = True,
+) -> GateResult:
+    """Adapters are layers of peft, one class in LoRA's family, in the dtype asked for; heads are in the precision's.
 
-    Prevents: comparing methods of the LoRA family through layers of different make, or adapters of another dtype.
+    `others` are the dtypes of what is trained besides adapters.
+    Prevents: comparing methods of the LoRA family through layers of different make, or adapters or heads of another
+    dtype.
     Would have stopped: GoRA's "+15 % throughput", which is float32 against bfloat16 adapters in two layer classes
     (F05).
     """
-    passed = len(layers) == 1 and all(name.startswith("peft.") for name in layers) and set(dtypes) == {asked_dtype}
+    of_peft = all(name.startswith("peft.") for name in layers) and (len(layers) == 1 or not one_class)
+    passed = of_peft and set(dtypes) == {asked_dtype} and set(others) <= {trained_dtype}
     classes = ", ".join(f"{count} × {name}" for name, count in layers.items()) or "no adapter layer"
     message = f"{classes}; adapter weights are {_listed(dtypes)}, adapter_dtype is {asked_dtype}"
+    if others:
+        message += f"; what is trained besides is {_listed(others)}, the precision asks for {trained_dtype}"
     return GateResult("adapters", passed, True, message)
 
 

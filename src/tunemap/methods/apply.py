@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,7 @@ from tunemap.measure.memory import track_live_storage
 from tunemap.methods import gora
 from tunemap.methods.estimation import widest
 from tunemap.methods.lora_layers import fuse_low_rank_sums
+from tunemap.methods.parameters import adapter_ids
 from tunemap.methods.peft_types import apply_peft, build_config
 from tunemap.methods.undisturbed import LossFunction
 from tunemap.run import RunMethod, TaskKind
@@ -81,9 +82,11 @@ def adapt(
     if isinstance(method, GoraMethod):
         assert adapter_dtype is not None
         adapted = _with_gora(model, method, task_kind=task_kind, seed=seed, start=start)
-        _set_dtypes(adapted.model, adapter_dtype, trained_dtype)
+        set_dtypes(adapted.model, adapter_dtype, trained_dtype)
     elif isinstance(method, PeftMethod):
+        assert adapter_dtype is not None
         adapted = _with_peft(model, method, task_kind=task_kind, seed=seed, start=start)
+        set_dtypes(adapted.model, adapter_dtype, trained_dtype)
     else:
         trained = apply_method(
             model, method, task_kind=task_kind, trained_dtype=trained_dtype, adapter_dtype=adapter_dtype, seed=seed
@@ -116,7 +119,7 @@ def apply_method(
         raise UserError(f"method kind {method.kind} does not train")
     assert adapter_dtype is not None
     adapted = get_peft_model(model, lora_config(model, method, task_kind), autocast_adapter_dtype=False)
-    _set_dtypes(adapted, adapter_dtype, trained_dtype)
+    set_dtypes(adapted, adapter_dtype, trained_dtype)
     return adapted
 
 
@@ -135,6 +138,21 @@ def lora_config(model: nn.Module, method: LoraMethod, task_kind: TaskKind) -> Lo
         bias="none",
         task_type=_task_type(task_kind),
     )
+
+
+def set_dtypes(
+    adapted: nn.Module, adapter_dtype: torch.dtype, trained_dtype: torch.dtype, *, trained: Collection[str] = ()
+) -> None:
+    """Keep adapters in one dtype, and heads and whatever else is trained in another, as every method must alike.
+
+    `trained` names parameters that were trained, in a model that is loaded for evaluation and trains none.
+    """
+    of_adapter = adapter_ids(adapted)
+    for name, parameter in adapted.named_parameters():
+        if id(parameter) in of_adapter:
+            parameter.data = parameter.data.to(adapter_dtype)
+        elif parameter.requires_grad or "modules_to_save" in name.split(".") or name in trained:
+            parameter.data = parameter.data.to(trained_dtype)
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -244,12 +262,6 @@ def _targets(method: GoraMethod) -> str | list[str]:
 
 def _task_type(task_kind: TaskKind) -> TaskType:
     return TaskType.SEQ_CLS if task_kind == "classification" else TaskType.CAUSAL_LM
-
-
-def _set_dtypes(adapted: nn.Module, adapter_dtype: torch.dtype, trained_dtype: torch.dtype) -> None:
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(adapter_dtype if "lora_" in name else trained_dtype)
 
 
 @contextmanager

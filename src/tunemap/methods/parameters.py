@@ -53,7 +53,7 @@ def is_quantised(parameter: torch.Tensor) -> bool:
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """Count `model`, wrapped by PEFT or not, on any device (meta included); sharded weights count at full size."""
     backbone = {_storage_key(parameter) for parameter in _backbone(model).parameters()}
-    adapter_ids = _adapter_ids(model)
+    of_adapter = adapter_ids(model)
     trainable = total = adapter = head = 0
     for parameter in _distinct_parameters(model):
         size = logical_size(parameter)
@@ -61,7 +61,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
         if not parameter.requires_grad:
             continue
         trainable += size
-        if id(parameter) in adapter_ids:
+        if id(parameter) in of_adapter:
             adapter += size
         elif _storage_key(parameter) not in backbone:
             head += size
@@ -110,15 +110,7 @@ def heads_to_save(model: nn.Module) -> list[str]:
     return [name for name in head_names(model) if not name.endswith(("classifier", "score"))]
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    """The transformer below the head: what `base_model_prefix` names, or the whole model where nothing is named."""
-    unwrapped = getattr(model, "get_base_model", lambda: model)()
-    prefix = getattr(unwrapped, "base_model_prefix", "")
-    inner = getattr(unwrapped, prefix, None) if prefix else None
-    return inner if isinstance(inner, nn.Module) else unwrapped
-
-
-def _adapter_ids(model: nn.Module) -> set[int]:
+def adapter_ids(model: nn.Module) -> set[int]:
     """Identities of the parameters that PEFT added: by the tuner's prefix, or below the prompt encoder."""
     if not hasattr(model, "peft_config"):
         return set()
@@ -129,6 +121,14 @@ def _adapter_ids(model: nn.Module) -> set[int]:
         for name, parameter in model.named_parameters()
         if name.startswith("prompt_encoder.") or f".{prefix}" in name
     }
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The transformer below the head: what `base_model_prefix` names, or the whole model where nothing is named."""
+    unwrapped = getattr(model, "get_base_model", lambda: model)()
+    prefix = getattr(unwrapped, "base_model_prefix", "")
+    inner = getattr(unwrapped, prefix, None) if prefix else None
+    return inner if isinstance(inner, nn.Module) else unwrapped
 
 
 def _distinct_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -121,6 +121,7 @@ def apply_peft(
                 elif start == "corda":
                     preprocess_corda(model, config, run_model=lambda: _forward_each_sequence(model, examples))
             peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            _freeze_counts(peft_model)
             if start == "eva":
                 initialize_lora_eva_weights(peft_model, examples, show_progress_bar=False)
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -131,6 +132,13 @@ def apply_peft(
     if start in _MOVES_WEIGHTS:
         peft_model.moved_start = _cloned(get_peft_model_state_dict(peft_model))
     return peft_model
+
+
+def _freeze_counts(peft_model: nn.Module) -> None:
+    """Keep AdaLoRA's counts of ranks from being trained: PEFT's cast of adapters to float32 asks gradients of them."""
+    for name, parameter in peft_model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
 
 
 def save_adapter(peft_model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:

@@ -33,7 +33,7 @@ from tunemap.gates.model import (
 from tunemap.gates.result import GateResult
 from tunemap.measure.witness import Seen
 from tunemap.methods.apply import head_modules
-from tunemap.methods.parameters import count_parameters, linear_shapes, lora_closed_form
+from tunemap.methods.parameters import adapter_ids, count_parameters, linear_shapes, lora_closed_form
 from tunemap.run import Run
 from tunemap.training.precision import PRECISIONS
 
@@ -75,10 +75,21 @@ def model_gates(model: nn.Module, run: Run, *, expected: int | None, trainable: 
     units = sum(isinstance(module, FSDPModule) for module in model.modules())
     sharded = run.factors.strategy in ("fsdp", "hybrid")
     results.append(fsdp_units_gate(units, len(transformer_blocks(model)), sharded=sharded))
-    if isinstance(run.method, LowRankMethod):
-        dtypes = {_name(p.dtype) for name, p in model.named_parameters() if "lora_" in name}
-        results.append(adapters_gate(adapter_layers(model), dtypes, run.method.adapter_dtype))
+    if isinstance(run.method, AdapterMethod):
+        results.append(_adapters_gate(model, run, run.method))
     return results
+
+
+def _adapters_gate(model: nn.Module, run: Run, method: AdapterMethod) -> GateResult:
+    of_adapter = adapter_ids(model)
+    return adapters_gate(
+        adapter_layers(model),
+        {_name(p.dtype) for p in model.parameters() if id(p) in of_adapter},
+        method.adapter_dtype,
+        others={_name(p.dtype) for p in model.parameters() if p.requires_grad and id(p) not in of_adapter},
+        trained_dtype=_name(PRECISIONS[run.factors.precision].trained),
+        one_class=isinstance(method, LowRankMethod),
+    )
 
 
 def causal_gate(model: Any) -> GateResult:

@@ -92,6 +92,12 @@ def test_wrong_method_is_found_when_the_study_is_read(tmp_path, method, message)
         ({"kind": "gora", "estimation_batches": 1}, {"strategy": "ddp", "gpus": 2}, "one of 2 devices without a batch"),
         ({"kind": "peft", "type": "VERA"}, {"strategy": "fsdp", "gpus": 2}, "VERA cannot be sharded by fsdp"),
         ({"kind": "peft", "type": "PREFIX_TUNING"}, {"batching": "packed"}, "PREFIX_TUNING puts virtual tokens"),
+        ({"kind": "peft", "type": "LN_TUNING"}, {"precision": "pure_bf16"}, "without autocast; use adapter_dtype bfl"),
+        (
+            {"kind": "peft", "type": "LOHA", "adapter_dtype": "bfloat16"},
+            {"precision": "fp16"},
+            "LOHA cannot compute with bfloat16 beside float16; use adapter_dtype float32",
+        ),
         ({"kind": "full"}, {"optimizer": "adafactor", "strategy": "fsdp", "gpus": 2}, "adafactor looks at whole rows"),
         ({"kind": "full"}, {"optimizer": "galore_adamw", "strategy": "fsdp", "gpus": 2}, "galore_adamw looks at whole"),
         ({"kind": "lora"}, {"optimizer": "galore_adamw"}, "kind lora trains few; use it with kind full"),
@@ -283,6 +289,14 @@ def test_penalty_is_what_peft_adds_to_the_loss_of_adalora(bare):
     assert added > 0
 
 
+def test_adalora_trains_the_same_over_a_base_of_any_dtype(bare):
+    in_float32, in_bfloat16 = (
+        {name for name, parameter in adalora(base).named_parameters() if parameter.requires_grad}
+        for base in (bare, copy.deepcopy(bare).bfloat16())
+    )
+    assert in_bfloat16 == in_float32
+
+
 def test_other_models_have_no_penalty_and_no_state(bare):
     lora = adapted(bare, GoraMethod(kind="gora", variant="lora", reference_rank=2)).model
     for model in (bare, lora):
@@ -344,6 +358,21 @@ def classifier():
     torch.manual_seed(0)
     sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "max_position_embeddings": 32}
     return DistilBertForSequenceClassification(DistilBertConfig(num_labels=2, **sizes))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("peft_type", ["LORA", "LN_TUNING", "P_TUNING"])
+def test_adapters_have_the_dtype_asked_for_and_heads_that_of_what_is_trained(
+    classifier, peft_type, base_dtype, adapter_dtype
+):
+    method = PeftMethod(kind="peft", type=peft_type, adapter_dtype=str(adapter_dtype).removeprefix("torch."))
+    options = {"task_kind": "classification", "trained_dtype": torch.float32, "adapter_dtype": adapter_dtype}
+    made = adapt(copy.deepcopy(classifier).to(base_dtype), method, seed=0, start=start(), **options).model
+    trained = {name: parameter for name, parameter in made.named_parameters() if parameter.requires_grad}
+    heads = {name: parameter for name, parameter in trained.items() if "modules_to_save" in name}
+    assert {parameter.dtype for parameter in heads.values()} == {torch.float32}
+    assert {parameter.dtype for name, parameter in trained.items() if name not in heads} == {adapter_dtype}
 
 
 @pytest.mark.parametrize("variant", ["lora", "gora", "gora_hpml"])

@@ -55,6 +55,7 @@ def test_method_trains_saves_and_evaluates(train, make_run, gora, name):
     ended = train(METHODS[name], max_steps=4, gradient_checkpointing=name == "gora_ranks_only")
     assert ended.outcome["outcome"] == "ok", ended.outcome["traceback"]
     assert tripped(ended) == []
+    assert "adapter_dtype is float32" in ended.gate("adapters")["message"]
     assert ended.measurements["data_order_hash"] == gora.measurements["data_order_hash"]
     assert_learned_weights_evaluate(ended, make_run(METHODS[name], max_steps=4))
 

@@ -13,7 +13,7 @@ from tunemap.training.batches import feed, micro_batches, schedule_of
 from tunemap.training.loop import Loop
 
 METHODS = {"full": {"kind": "full"}, "lora": {"kind": "lora"}, "qlora": {"kind": "qlora"},
-           "loha": {"kind": "peft", "type": "LOHA"}}  # fmt: skip
+           "loha": {"kind": "peft", "type": "LOHA"}, "norms": {"kind": "peft", "type": "LN_TUNING"}}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,7 @@ def tracked(prepared, run) -> tuple[int, int]:
         ("full", {"precision": "pure_bf16"}),
         ("full", {"precision": "bf16", "optimizer": "adafactor"}),
         ("lora", {"precision": "bf16", "optimizer": "adamw_8bit"}),
+        ("norms", {"precision": "bf16"}),
     ],
 )
 def test_the_planned_peak_is_the_tracked_one(prepared, make_run, method, factors):

@@ -41,6 +41,7 @@ def methods_table() -> Table:
     for name, method in SUPPORTED.items():
         limits = [f"tasks: {', '.join(method.tasks)}"] if len(method.tasks) == 1 else []
         limits += [f"models: {', '.join(method.model_types)}"] if method.model_types else []
+        limits += ["classifies with encoders only"] if method.hides_padding else []
         limits += [f"not sharded: {UNSHARDABLE[name]}"] if name in UNSHARDABLE else []
         shards = "no" if name in UNSHARDABLE else "yes"
         table.add_row(f"kind: peft, type: {name}", "yes", shards, "; ".join([method.summary, *limits]))

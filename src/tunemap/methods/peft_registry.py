@@ -47,6 +47,7 @@ class PeftMethod:
     model_types: architectures that PEFT implements it for; empty means any.
     tasks:       task types that it trains on.
     per_model_type: defaults for an architecture that PEFT's own tables lack.
+    hides_padding: whether the model gets embeddings in place of tokens, among which it cannot tell padding.
     """
 
     summary: str
@@ -58,6 +59,7 @@ class PeftMethod:
     model_types: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("CAUSAL_LM", "SEQ_CLS")
     per_model_type: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    hides_padding: bool = False
 
 
 def _schedule(fit: Fit) -> dict[str, Any]:
@@ -206,8 +208,12 @@ SUPPORTED: dict[str, PeftMethod] = {
     ),
     "LN_TUNING": PeftMethod("the norms", "LN_TUNING", targets="norms"),
     # inputs
-    "PROMPT_TUNING": PeftMethod("virtual tokens before the input", "PROMPT_TUNING", _PROMPT, targets="none"),
-    "P_TUNING": PeftMethod("virtual tokens made by a small network", "P_TUNING", _PROMPT, targets="none"),
+    "PROMPT_TUNING": PeftMethod(
+        "virtual tokens before the input", "PROMPT_TUNING", _PROMPT, targets="none", hides_padding=True
+    ),
+    "P_TUNING": PeftMethod(
+        "virtual tokens made by a small network", "P_TUNING", _PROMPT, targets="none", hides_padding=True
+    ),
     "PREFIX_TUNING": PeftMethod(
         "keys and values before the input, in every layer", "PREFIX_TUNING", _PROMPT, targets="none", tasks=_CAUSAL
     ),

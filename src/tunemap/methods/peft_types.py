@@ -22,6 +22,7 @@ from peft.utils.integrations import dequantize_module_weight
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from tunemap.errors import UserError
 from tunemap.methods.parameters import Shape, heads_to_save, is_quantised, linear_shapes
@@ -65,6 +66,12 @@ def build_config(
         )
     if task_type not in entry.tasks:
         raise UserError(f"method {name}: does not train on {task_type}; allowed: {', '.join(entry.tasks)}")
+    if entry.hides_padding and task_type == "SEQ_CLS" and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        # transformers looks for the last token among token numbers, and without them takes the last place of the row.
+        raise UserError(
+            f"method {name}: hides where a text ends from a decoder ({model_type}), which would read the class at its "
+            "padding; classify with an encoder such as BERT, or by another method"
+        )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(entry.peft_type)]
     given = _checked_parameters(name, config_class, parameters)
     missing = [key for key in entry.required if not given.get(key)]

@@ -18,4 +18,5 @@ def test_every_method_has_a_line_with_its_limits(capsys):
         assert f"kind: gora, variant: {name}" in lines
     for name, reason in UNSUPPORTED.items():
         assert reason in lines[f"peft type {name}"]
+    assert "classifies with encoders only" in lines["kind: peft, type: P_TUNING"]
     assert "models: llama, mistral, gpt2" in lines["kind: peft, type: ADAPTION_PROMPT"]

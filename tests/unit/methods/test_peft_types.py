@@ -406,3 +406,12 @@ def test_loftq_needs_a_quantised_model_and_the_original():
         apply_peft(model, config, original_weight=lambda name: torch.zeros(1))
     with pytest.raises(UserError, match="needs a 4-bit model and the original weights"):
         apply_peft(quantised(model), config)
+
+
+@pytest.mark.parametrize("name", [name for name, method in SUPPORTED.items() if method.hides_padding])
+def test_virtual_tokens_classify_with_encoders_alone(name):
+    """A decoder finds its last token among token numbers, and gets none."""
+    sizes = SIZES | {"num_key_value_heads": 2, "num_labels": 2, "pad_token_id": 0}
+    with pytest.raises(UserError, match=rf"method {name}: hides where a text ends from a decoder \(qwen2\)"):
+        build_config(name, {}, model=Qwen2ForSequenceClassification(Qwen2Config(**sizes)), task_type="SEQ_CLS")
+    build_config(name, {}, model=tiny_model(name, "SEQ_CLS"), task_type="SEQ_CLS")

@@ -106,7 +106,7 @@ class DatasetConfig(Section):
     )
     system_prompt: str | None = Field(None, description="System message of the chat template.")
     accept_truncation: bool = Field(
-        False, description="Train although more than 1 % of answers or prompts are cut (reported loudly)."
+        False, description="Train although more than 1 % of answers, prompts or texts are cut (reported loudly)."
     )
 
 

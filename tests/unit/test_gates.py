@@ -2,11 +2,13 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import call
 
 import pytest
 
+from tunemap.files import write_json
 from tunemap.gates import (
     GATES,
     GateResult,
@@ -28,6 +30,7 @@ from tunemap.gates.model import (
     recomputation_gate,
 )
 from tunemap.gates.training import finite_loss_gate, gradient_norm_gate, replicas_gate, trained_weights_gate
+from tunemap.training.worker import _data_gates
 
 SOUND = {
     "rows": 100,
@@ -36,6 +39,7 @@ SOUND = {
     "truncated_answer_share": 0.01,
     "truncated_prompt_share": 0.0,
     "label_tokens_kept_share": 0.999,
+    "answer_tokens": {"mean": 100.0},
 }
 
 
@@ -63,7 +67,23 @@ def test_more_than_one_percent_cut_is_fatal_unless_accepted(cut: str) -> None:
     assert "1.01%" in accepted.message
 
 
+def test_texts_to_classify_may_be_cut_as_little_as_answers() -> None:
+    texts = {"answer_tokens": None, "truncated_answer_share": 0, "truncated_prompt_share": 0.05}
+    gate = results(**texts)["truncation"]
+    assert (gate.passed, gate.fatal) == (False, True)
+    assert gate.message == "5.00% of texts are cut at max_length 512: raise max_length, or set accept_truncation"
+
+
 OVERLAP = {"removed_rows": 0, "remaining_rows": 0}
+
+
+@pytest.mark.parametrize(("kind", "gates"), [("generation", ["disjoint", "labels", "truncation"]),
+                                             ("classification", ["disjoint", "truncation"])])  # fmt: skip
+def test_a_run_of_either_kind_looks_at_what_was_cut(tmp_path: Path, kind: str, gates: list[str]) -> None:
+    write_json(tmp_path / "dataset.json", {"overlap": OVERLAP, "splits": {"test": "test"}})
+    job: Any = SimpleNamespace(dataset=tmp_path, run=SimpleNamespace(dataset=SimpleNamespace(accept_truncation=False)))
+    tokens: Any = SimpleNamespace(task_kind=kind, statistics=SOUND)
+    assert [gate.gate for gate in _data_gates(job, tokens)] == gates
 
 
 def test_disjoint_data_pass_and_say_what_was_removed() -> None:

@@ -36,20 +36,26 @@ def labels_gate(statistics: Mapping[str, Any]) -> GateResult:
 
 @gate(1)
 def truncation_gate(statistics: Mapping[str, Any], *, accept_truncation: bool) -> GateResult:
-    """At most 1 % of prompts and of answers are cut; more is fatal unless the study accepts it by name.
+    """At most 1 % of prompts, answers or texts are cut; more is fatal unless the study accepts it by name.
 
-    Prevents: learning answers without their end, so that the trained model never states its result.
+    Prevents: learning answers without their end, so that the trained model never states its result, and classes of
+    texts whose deciding words are not there.
     Would have stopped: NYU's accuracy of 52.67 % for LoRA, trained at 512 tokens with 83 % of answers cut (F02).
     """
     answers, prompts = statistics["truncated_answer_share"], statistics["truncated_prompt_share"]
+    classification, max_length = statistics["answer_tokens"] is None, statistics["max_length"]
     truncated = max(answers, prompts) > LARGEST_TRUNCATED_SHARE
     advice = " (accepted by accept_truncation)" if accept_truncation else ": raise max_length, or set accept_truncation"
     return GateResult(
         gate="truncation",
         passed=not truncated,
         fatal=truncated and not accept_truncation,
-        message=f"{answers:.2%} of answers and {prompts:.2%} of prompts are cut at max_length "
-        f"{statistics['max_length']}; {statistics['label_tokens_kept_share']:.1%} of label tokens are kept"
+        message=(
+            f"{prompts:.2%} of texts are cut at max_length {max_length}"
+            if classification
+            else f"{answers:.2%} of answers and {prompts:.2%} of prompts are cut at max_length {max_length}; "
+            f"{statistics['label_tokens_kept_share']:.1%} of label tokens are kept"
+        )
         + (advice if truncated else ""),
     )
 

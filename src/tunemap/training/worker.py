@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunemap.files import read_json, sha256_of, write_json
 from tunemap.flaws import let_through
-from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, tripped
+from tunemap.gates import GateResult, disjoint_gate, label_gates, reason, tripped, truncation_gate
 from tunemap.measure.clock import Moment, PartsTimer, process_age_s
 from tunemap.run import Run
 from tunemap.startup import quick_imports
@@ -280,9 +280,10 @@ def _run_loop(
 
 def _data_gates(job: Job, tokens: Tokens) -> list[GateResult]:
     results = [disjoint_gate(read_json(job.dataset / "dataset.json"), tokens.statistics)]
-    if tokens.task_kind == "generation":
-        results += label_gates(tokens.statistics, accept_truncation=job.run.dataset.accept_truncation)
-    return results
+    accepted = job.run.dataset.accept_truncation
+    if tokens.task_kind == "classification":  # a class is there whatever is cut from its text
+        return [*results, truncation_gate(tokens.statistics, accept_truncation=accepted)]
+    return [*results, *label_gates(tokens.statistics, accept_truncation=accepted)]
 
 
 def _environment(job: Job, world: World) -> dict[str, Any]:

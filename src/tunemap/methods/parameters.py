@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 # PEFT keeps the untouched original of a fully trained module beside the trained copy, under this name.
 _FROZEN_BACKUP = "original_module"
@@ -87,10 +88,15 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     inside = {id(module) for module in backbone.modules()}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return {
-        name: (module.out_features, module.in_features)
+        name: _outputs_and_inputs(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in inside and module is not output
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and module is not output
     }
+
+
+def _outputs_and_inputs(layer: nn.Linear | Conv1D) -> Shape:
+    """A layer of GPT-2 (Conv1D) is linear too, and keeps its weight transposed."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
 
 
 def head_names(model: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from tunemap.config import Factors, GoraMethod, PeftMethod
 from tunemap.errors import UserError
@@ -196,6 +196,12 @@ def test_resumed_run_takes_its_plan_and_looks_at_no_data(bare):
     assert again.facts == first.facts
     shapes = [{name: p.shape for name, p in made.model.named_parameters()} for made in (first, again)]
     assert shapes[0] == shapes[1]
+
+
+def test_gora_refuses_weights_that_lie_transposed():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16))
+    with pytest.raises(UserError, match=r"gora: this model's layers keep their weights transposed \(Conv1D"):
+        adapted(model, GoraMethod(kind="gora", reference_rank=4))
 
 
 def test_plan_of_other_settings_is_refused(bare):

@@ -8,6 +8,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -129,6 +131,14 @@ def test_prompt_parameters_are_adapter_parameters():
     model = get_peft_model(tiny_qwen2(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
     counts = count_parameters(model)
     assert counts.trainable == counts.adapter == 5 * 32
+
+
+def test_layers_of_gpt2_are_linear_though_their_weights_lie_transposed():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=4, n_positions=16))
+    shapes = linear_shapes(model)
+    assert shapes["transformer.h.0.attn.c_attn"] == (96, 32)
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", fan_in_fan_out=True))
+    assert count_parameters(adapted).trainable == lora_closed_form(shapes, 3)
 
 
 def test_closed_form_takes_one_rank_per_module():

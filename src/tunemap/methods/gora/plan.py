@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tunemap.errors import UserError
 from tunemap.methods.gora.gradients import mean_gradients, refuse_unsuitable
@@ -161,6 +162,8 @@ def plan(
 def target_shapes(model: nn.Module, targets: Collection[str] | str | None = None) -> dict[str, Shape]:
     """(out, in) of the linear backbone layers named by `targets` (full names or endings), in model order."""
     shapes = linear_shapes(model)
+    if any(isinstance(model.get_submodule(name), Conv1D) for name in shapes):
+        raise UserError("gora: this model's layers keep their weights transposed (Conv1D, as in GPT-2); use kind lora")
     if targets is None or targets == "all-linear":
         return shapes
     wanted = [targets] if isinstance(targets, str) else list(targets)

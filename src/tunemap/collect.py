@@ -317,8 +317,9 @@ def _with_evaluation(result: Result, folder: Path) -> Result:
 def _read_predictions(path: Path) -> tuple[dict[str, bool], str]:
     """Whether each example was answered correctly, by its id, or a problem."""
     correct: dict[str, bool] = {}
+    number = 0
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 row = json.loads(line)
                 if row["id"] in correct:
@@ -326,6 +327,10 @@ def _read_predictions(path: Path) -> tuple[dict[str, bool], str]:
                 correct[row["id"]] = bool(row["correct"])
     except FileNotFoundError:
         return {}, f"no {path}"
+    except OSError as error:
+        return {}, f"{path}: cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return {}, f"{path}: not UTF-8, behind line {number}"
     except (ValueError, KeyError, TypeError) as error:
         return {}, f"{path}: line {number}: no prediction ({error!r})"
     return correct, ""
@@ -432,6 +437,9 @@ def _run_row(result: Result, experiments: list[str]) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
+    """A parameter of a method as one value: a list joined, the parameters of a peft type as JSON."""
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True)
     return ";".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -63,6 +63,14 @@ def test_a_run_of_two_experiments_is_one_row(fake):
     assert tables.experiments[tables.experiments["run"] == LORA]["experiment"].tolist() == ["methods", "ranks"]
 
 
+def test_parameters_of_a_peft_type_are_one_column(fake):
+    plan = fake.plan
+    plan["runs"][LORA]["method"] = {"kind": "peft", "type": "LORA", "parameters": {"r": 3}}
+    fake.plan_path.write_text(json.dumps(plan))
+    fake.build(fake.results_dir / "report.html")
+    assert row(collect.read_tables(fake.results_dir / "tables"), LORA)["method.parameters"] == '{"r": 3}'
+
+
 def test_a_missing_result_is_a_row(fake):
     fake.outcome(LORA).unlink()
     missing = row(collected(fake), LORA)
@@ -113,6 +121,8 @@ def test_a_foreign_result_is_refused_with_both_digests_and_advice(fake):
     [
         (lambda path: path.unlink(), "no "),
         (lambda path: path.write_text('{"id": "a"}\n'), "line 1"),
+        (lambda path: path.write_bytes(b"\xff" + path.read_bytes()), "not UTF-8"),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read (Is a directory)"),
         (lambda path: path.write_text(path.read_text().splitlines()[0] + "\n"), "evaluation.json says"),
         (lambda path: path.write_text(path.read_text() * 2), "a second time"),
     ],

@@ -1,6 +1,7 @@
 """What an edit reruns: exactly what depends on it, planned by real Snakemake."""
 
 import copy as copies
+import shutil
 
 from .conftest import BASE, FULL, LORA
 
@@ -9,6 +10,14 @@ TABLES = {"predict", "tables", "figures", "database", "write_report"}
 
 def test_a_finished_study_has_nothing_to_do(finished):
     assert finished.planned() == set()
+
+
+def test_results_that_are_gone_are_made_again(copy):
+    """As `tunemap retry` removes those of a run that failed, and as messages about damaged ones ask for."""
+    shutil.rmtree(copy.results / "runs" / LORA)
+    shutil.rmtree(copy.results / "evaluations" / LORA)
+    shutil.rmtree(copy.results / "evaluations" / FULL)
+    assert copy.planned() == {f"train {LORA}", f"evaluate {LORA}", f"evaluate {FULL}"} | TABLES - {"predict"}
 
 
 def test_a_new_rank_plans_its_runs_and_the_report_alone(copy):

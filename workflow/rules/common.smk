@@ -95,10 +95,15 @@ def source_digest(stage):
 
 
 def study_results(wildcards):
+    """What a study comes to, and what it is made of: Snakemake makes no file that is gone and that nobody asks for."""
     return [
         f"results/{PLAN.study}/report.html",
         f"results/{PLAN.study}/study.sqlite",
         f"results/{PLAN.study}/tables/runs.csv",
+        *outcomes(wildcards),
+        *evaluations(wildcards),
+        *facts(wildcards),
+        *inferences(wildcards),
     ]
 
 

@@ -34,22 +34,18 @@ def main() -> None:
 
     Heartbeat.beat, Heartbeat.stop = timed, stop  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = [
-            "--run-file",
-            folder / sys.argv[3],
-            "--device",
-            work.device,
-            "--work",
-            scratch,
-            "--weights",
-            Path(scratch) / "weights",
-        ]
-        for name in ("model", "dataset", "tokens"):
-            arguments += [f"--{name}", folder / name]
-        sys.argv[1:] = [str(argument) for argument in arguments]
+        sys.argv[1:] = arguments_of(folder, sys.argv[3], work.device, Path(scratch))
         job = worker._parse(sys.argv[1:])
         worker._train(job, worker.Progress(job.work, is_main=True))
         watch.save(**_own(Path(scratch)))
+
+
+def arguments_of(folder: Path, run_file: str, device: str, scratch: Path) -> list[str]:
+    """What the launcher tells its worker; a checkpoint, of which there is none, would be nobody's."""
+    given = {"run-file": folder / run_file, "device": device, "checkpoint-identity": "peers"}
+    given |= {name: folder / name for name in ("model", "dataset", "tokens")}
+    given |= {"work": scratch, "weights": scratch / "weights"}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def _own(work: Path) -> dict[str, Any]:

@@ -171,6 +171,14 @@ def test_what_the_page_says_of_packed_rows_holds_on_the_device(module, page_of, 
     assert ("under a mask" in page) == (device == "cuda")
 
 
+def test_our_worker_understands_what_the_race_starts_it_with(module, repository, monkeypatch, workload, tmp_path):
+    monkeypatch.syspath_prepend(repository / "benchmarks" / "contestants")
+    loop, peers, work = module("tunemap_loop"), module("peers"), workload()
+    (tmp_path / "run.json").write_text(json.dumps(peers.run_of(work).training_spec()))
+    arguments = loop.arguments_of(tmp_path, "run.json", work.device, tmp_path / "scratch")
+    assert loop.worker._parse(arguments).run.factors.max_steps == work.steps
+
+
 def test_methods_share_a_model_that_is_drawn_once(module, workload, monkeypatch):
     peers, drawn = module("peers"), []
     draw = peers.models.prepare

@@ -113,7 +113,10 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "pure_bf16"}  # of a dtype, in the 
 
 
 def run_of(work: Workload) -> Run:
-    """The workload as a run."""
+    """The workload as a run, without a checkpoint before its end, which nobody else keeps.
+
+    One a minute, as by default, would fall into our turns alone: the minute goes on while we rest.
+    """
     lora = {"kind": "lora", "rank": work.lora_rank, "alpha": work.lora_alpha}
     return Run.model_validate(
         {
@@ -129,6 +132,7 @@ def run_of(work: Workload) -> Run:
                 per_device_batch_size=work.rows,
                 max_length=work.length,
                 max_steps=work.steps,
+                checkpoint_steps=work.steps,
                 epochs=None,
                 precision=PRECISIONS[work.dtype],
                 learning_rate=work.learning_rate,

@@ -179,6 +179,12 @@ def test_our_worker_understands_what_the_race_starts_it_with(module, repository,
     assert loop.worker._parse(arguments).run.factors.max_steps == work.steps
 
 
+def test_nobody_saves_a_checkpoint_in_a_turn(module, workload):
+    work = workload()
+    factors = module("peers").run_of(work).factors
+    assert factors.checkpoint_steps == work.steps  # the last step's, after which the worker keeps the model instead
+
+
 def test_methods_share_a_model_that_is_drawn_once(module, workload, monkeypatch):
     peers, drawn = module("peers"), []
     draw = peers.models.prepare

@@ -109,6 +109,7 @@ SIZES = {
 # nothing to gain; benchmarks/waterfall.py has rows as they are.
 RECOMMENDATIONS: dict[str, dict[str, Any]] = {"cuda": {"logits": "label_tokens", "compile": True}}
 TURNS = {"cpu": 15, "cuda": 1}
+AGREED = ("steps", "turns", "threads", "our_allocator_for_all")  # by all rows of a table
 PRECISIONS = {"float32": "fp32", "bfloat16": "pure_bf16"}  # of a dtype, in the words of a study
 
 
@@ -307,7 +308,11 @@ def main() -> None:
     parser.add_argument(
         "--our-allocator", action="store_true", help="let everybody keep freed memory, as our launcher's workers do"
     )
-    parser.add_argument("--output", type=Path, help="json file to keep the results in, with what it has of other sizes")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="json file to keep the results in, with what it has of other sizes at the same settings",
+    )
     parser.add_argument("--note", help="what a reader of the results must know of their making; kept with them")
     arguments = parser.parse_args()
     names = [OWN, *([RECOMMENDED] if arguments.device in RECOMMENDATIONS else []), *arguments.peers]
@@ -328,7 +333,7 @@ def main() -> None:
     # In a process of its own: a context on the GPU and torch's cached matrices would stay there during the race.
     ceilings = in_own_process(ceilings_flops_per_s, arguments.device, dtypes, arguments.threads)
     described = environment(HERE.parent).as_dict()
-    known = {"note": arguments.note, "ceiling_flops_per_s": ceilings, "environment": described}
+    known = {"note": arguments.note, "environment": described}
     table: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for name in arguments.sizes or sizes:
         if not limit.another():
@@ -348,7 +353,10 @@ def main() -> None:
 
 
 def with_kept_rows(output: Path, table: list[dict[str, Any]], machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table and, from an earlier output, the sizes and methods that it has not; of the same `machine` only."""
+    """The table and, from an earlier output, the sizes and methods that it has not, if they can stand beside it.
+
+    They can if the same `machine` measured them, and raced with the same settings.
+    """
     if not output.exists():
         return table
     earlier = json.loads(output.read_text())
@@ -358,7 +366,12 @@ def with_kept_rows(output: Path, table: list[dict[str, Any]], machine: dict[str,
         return table
     order = {(size, method): at for at, (size, method) in enumerate(product(chain(*SIZES.values()), ("full", "lora")))}
     raced = {(row["size"], row["method"]) for row in table}
-    kept = [row for row in earlier["rows"] if (row["size"], row["method"]) not in raced]
+    others = [row for row in earlier["rows"] if (row["size"], row["method"]) not in raced]
+    settings = {name: table[0][name] for name in AGREED}
+    kept = [row for row in others if {name: row.get(name) for name in AGREED} == settings]
+    if left_out := sorted({f"{row['size']}, {row['method']}" for row in others if row not in kept}):
+        said = ", ".join(f"{name} {value}" for name, value in settings.items())
+        print(f"{output}: not raced with {said}, and not kept: {'; '.join(left_out)}", file=sys.stderr)
     return sorted([*kept, *table], key=lambda row: order[row["size"], row["method"]])
 
 
@@ -393,14 +406,25 @@ def measure(
             if found is None:  # we failed, and nobody is left to race against
                 continue
             flops = flops_per_token(folder, work)
-            yield work, [_row(work, name, one, flops / ceiling_flops_per_s) for name, one in found.items()]
+            setting = settings_of(work, ceiling_flops_per_s, everywhere=arguments.our_allocator)
+            yield work, [_row(work, name, one, setting, flops) for name, one in found.items()]
             print(f"    {time_left(began, done, len(parts))} for this size", flush=True)
 
 
-def _row(work: Workload, name: str, found: dict[str, Any], ceiling_s_per_token: float) -> dict[str, Any]:
-    """One contestant's; `ceiling_s_per_token` is what a token takes at the ceiling."""
-    mfu = {} if "error" in found else {"mfu": found["tokens_per_second"] * ceiling_s_per_token}
-    return {"size": work.size, "method": work.method, "contestant": name, **found, **mfu}
+def settings_of(work: Workload, ceiling_flops_per_s: float, *, everywhere: bool) -> dict[str, Any]:
+    """What a row was raced with, and the ceiling of its MFU; whoever has the same but the ceiling may be beside it."""
+    settings = {"steps": work.steps, "turns": work.turns, "threads": work.threads, "our_allocator_for_all": everywhere}
+    return settings | {"ceiling_flops_per_s": ceiling_flops_per_s}
+
+
+def _row(
+    work: Workload, name: str, found: dict[str, Any], settings: dict[str, Any], flops_of_a_token: float
+) -> dict[str, Any]:
+    """One contestant's."""
+    row = {"size": work.size, "method": work.method, "contestant": name, **found, **settings}
+    if "error" not in found:
+        row["mfu"] = found["tokens_per_second"] * flops_of_a_token / settings["ceiling_flops_per_s"]
+    return row
 
 
 def show(table: list[dict[str, Any]]) -> None:

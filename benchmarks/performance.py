@@ -176,7 +176,21 @@ def _peers(found: dict[str, Any]) -> str:
     """On a CPU there is no peak of allocated bytes, on a GPU no processor time that says anything."""
     head = ["contestant", "rounds", "tokens/s", "says of itself", "MFU", "peak GB", "ours / its", "in processor time"]
     columns = head[:-1] if found["device"] == "cuda" else head
-    return _table(columns, (_peer(row)[: len(columns)] for row in found["rows"]), found) + _note(found)
+    table = _table(columns, (_peer(row)[: len(columns)] for row in found["rows"]), found)
+    return table + _raced_with(found["rows"]) + _note(found)
+
+
+def _raced_with(rows: Sequence[dict[str, Any]]) -> str:
+    """The settings that all rows agree on, where they are recorded, and the ceilings that their commands measured."""
+    if not any("steps" in row for row in rows):
+        return ""
+    steps, turns, threads = (rows[0][name] for name in ("steps", "turns", "threads"))
+    allocator = "everybody" if rows[0]["our_allocator_for_all"] else "us alone"
+    ceilings = sorted({f"{row['ceiling_flops_per_s'] / 1e9:,.1f}" for row in rows}, key=lambda text: (len(text), text))
+    return (
+        f"\nSteps: {steps}, a quarter of them warm-up; turns: {turns}; threads: {threads}; our allocator's settings: "
+        f"for {allocator}; ceiling of MFU in GFLOP/s: {', '.join(ceilings)}.\n"
+    )
 
 
 def _peer(row: dict[str, Any]) -> list[str]:

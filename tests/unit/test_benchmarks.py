@@ -15,6 +15,7 @@ from tunemap.config import Factors
 from tunemap.training.packed_attention import by_document
 
 MACHINE = {"cpu": {"model": "Xeon", "usable_cores": 2}, "gpus": [{"name": "H200"}], "packages": {"torch": "2"}}
+RACED_WITH = {"steps": 40, "turns": 15, "threads": 1, "our_allocator_for_all": False, "ceiling_flops_per_s": 1.0}
 STAND_IN = """
 import json, os, sys
 from pathlib import Path
@@ -96,10 +97,20 @@ def test_every_contestant_sees_one_gpu_at_most(
     [({}, True), ({"gpus": []}, False), ({"gpus": [{"name": "H100"}]}, False), ({"packages": {"torch": "3"}}, False)],
 )
 def test_rows_of_an_earlier_output_are_kept_if_the_same_machine_made_them(module, tmp_path, change, kept):
-    before, now = ({"size": "small", "method": method} for method in ("full", "lora"))
+    before, now = ({"size": "small", "method": method} | RACED_WITH for method in ("full", "lora"))
     (tmp_path / "earlier.json").write_text(json.dumps({"rows": [before], "environment": MACHINE | change}))
     rows = module("peers").with_kept_rows(tmp_path / "earlier.json", [now], MACHINE)
     assert rows == ([before, now] if kept else [now])
+
+
+@pytest.mark.parametrize("change", [{"steps": 16}, {"turns": 1}, {"threads": 2}, {"our_allocator_for_all": True}, None])
+def test_rows_of_an_earlier_output_are_kept_if_they_raced_with_the_same_settings(module, tmp_path, capsys, change):
+    raced = {"size": "small", "method": "lora"} | RACED_WITH
+    other = {"size": "large", "method": "full"} | ({} if change is None else RACED_WITH | change)  # None: not recorded
+    same = {"size": "medium", "method": "full"} | RACED_WITH | {"ceiling_flops_per_s": 2.0}  # each command measures it
+    (tmp_path / "earlier.json").write_text(json.dumps({"rows": [other, same], "environment": MACHINE}))
+    assert module("peers").with_kept_rows(tmp_path / "earlier.json", [raced], MACHINE) == [raced, same]
+    assert capsys.readouterr().err.endswith("not kept: large, full\n")
 
 
 def test_what_a_device_keeps_of_a_call_ends_with_a_process_of_its_own(module):
@@ -162,6 +173,14 @@ def test_peers_on_a_gpu_are_compared_by_the_clock_alone(page_of, device):
     assert ("1.125" in page) == ("in processor time" in page.split("## Beside", 1)[1]) == (device == "cpu")
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1  # every row has as many cells
+
+
+def test_the_page_says_what_was_raced_with_where_that_is_known(page_of):
+    assert "turns: " not in page_of("peers-cpu", [PEER])
+    other = PEER | RACED_WITH | {"ceiling_flops_per_s": 91.84e9}
+    page = page_of("peers-cpu", [PEER | RACED_WITH | {"ceiling_flops_per_s": 100e9}, other])
+    assert "Steps: 40, a quarter of them warm-up; turns: 15; threads: 1; our allocator's settings: for us alone" in page
+    assert "in GFLOP/s: 91.8, 100.0." in page
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -241,6 +260,8 @@ def test_each_method_has_a_round_before_one_has_its_second(raced):
     rounds = [(work.method, rows[0]["rounds"]) for work, rows in tables]
     assert rounds == [("lora", 1), ("full", 1), ("lora", 2), ("full", 2)]
     assert [[row.get("error") for row in rows] for _, rows in tables] == [[None, "oom", None]] * 4
+    settings = RACED_WITH | {"steps": 4, "turns": 1}
+    assert all(row.items() >= settings.items() for _, rows in tables for row in rows)
     assert ["trl" in names for names in ran] == [True, True, False, False]  # who fails does not race on
 
 

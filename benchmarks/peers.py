@@ -5,11 +5,12 @@
     python benchmarks/peers.py --peers trl --sizes small --rounds 5 --output benchmarks/results/peers-cpu.json
     python benchmarks/peers.py --device cuda --minutes 5 --output benchmarks/results/peers-cuda.json
 
-Everybody trains the same model on the same rows in the same order, with the same optimizer settings, dtype and
-number of threads; every row is as long as every other, so no padding and no way to count tokens can blur the
-comparison. Each is started as its users start it: our launcher sets two variables of the allocator, which
-`--our-allocator` gives to everybody, to show what of the difference they are. A peer that is not installed is one that
-did not run; the others race.
+Everybody trains the same model with the same optimizer settings, dtype and number of threads; every row is as long as
+every other, so no padding and no way to count tokens can blur the comparison. The Trainer and TRL have our rows and
+labels in our order; optimum-benchmark makes random rows of its own, PEFT's loop learns the tokens of the prompt too.
+Each is started as its users start it: our launcher sets two variables of the allocator, which `--our-allocator` gives
+to everybody, to show what of the difference they are. A peer that is not installed is one that did not run; the others
+race.
 On a CPU all train at the same time, in turns of a few steps: one runs while the others rest, so that a machine that is
 slower for a minute is slower for all. On a GPU, whose memory they could not share, one trains after the other; nobody
 sees a second GPU. A stopwatch of ours takes the time. A round starts everybody anew; its ratio is the median of those

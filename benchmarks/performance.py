@@ -160,21 +160,25 @@ def peers(results: Path) -> str:
     tables = [_peers(one) for one in _of_devices(results, "peers")]
     introduction = (
         "## Beside other tools\n\n"
-        "Equal settings: the same model, rows, order, optimizer, dtype and threads, no padding for anybody; a ratio "
-        "over 1 says that TuneMap is faster (`benchmarks/peers.py`). On a CPU all train at the same time, in turns of "
-        "a few steps, so that a machine's drift falls on all alike; a round starts everybody anew, and its ratio is "
-        "the median of those of turns that followed each other. What our launcher sets for its workers counts as ours: "
-        "memory that is freed stays with the process. Recommended settings: the section on settings. Tokens per second "
-        "are measured from outside, over all turns, those that the machine disturbed too; beside them stands how many "
-        "times as much each says of itself in a round without rests. optimum-benchmark 0.6.0 divides the samples of "
-        "all its steps by the mean time of one, so what it says is as many times too high.\n\n"
+        "Equal settings: the same model, optimizer, dtype and threads, no padding for anybody; a ratio over 1 says "
+        "that TuneMap is faster (`benchmarks/peers.py`). The Trainer and TRL train on our rows and labels in our "
+        "order, and how far their mean loss is from ours stands in the table. The other two do other work of the same "
+        "shape, so their loss is not compared: optimum-benchmark trains on random rows of its own, under transformers "
+        "4, which it needs; PEFT's loop learns the tokens of the prompt too. On a CPU all train at the same time, in "
+        "turns of a few steps, so that a machine's drift falls on all alike; a round starts everybody anew, and its "
+        "ratio is the median of those of turns that followed each other. What our launcher sets for its workers counts "
+        "as ours: memory that is freed stays with the process. Recommended settings: the section on settings. Tokens "
+        "per second are measured from outside, over all turns, those that the machine disturbed too; beside them "
+        "stands how many times as much each says of itself in a round without rests. optimum-benchmark 0.6.0 divides "
+        "the samples of all its steps by the mean time of one, so what it says is as many times too high.\n\n"
     )
     return introduction + "\n".join(tables) if tables else ""
 
 
 def _peers(found: dict[str, Any]) -> str:
     """On a CPU there is no peak of allocated bytes, on a GPU no processor time that says anything."""
-    head = ["contestant", "rounds", "tokens/s", "says of itself", "MFU", "peak GB", "ours / its", "in processor time"]
+    head = ["contestant", "rounds", "tokens/s", "says of itself", "MFU", "peak GB", "loss apart"]
+    head += ["ours / its", "in processor time"]
     columns = head[:-1] if found["device"] == "cuda" else head
     table = _table(columns, (_peer(row)[: len(columns)] for row in found["rows"]), found)
     return table + _raced_with(found["rows"]) + _note(found)
@@ -196,11 +200,12 @@ def _raced_with(rows: Sequence[dict[str, Any]]) -> str:
 def _peer(row: dict[str, Any]) -> list[str]:
     name = f"{row['size']}, {row['method']}: {row['contestant']}"
     if "error" in row:
-        return [name, f"did not run: {row['error']}", "", "", "", "", "", ""]
+        return [name, f"did not run: {row['error']}", "", "", "", "", "", "", ""]
+    apart = "not compared" if (loss := row["mean_loss_relative_difference"]) is None else f"{loss:.0e}"
     peak = "" if row["peak_allocated_bytes"] is None else f"{row['peak_allocated_bytes'] / 1e9:.1f}"
     ratios = _interval(row["ratio"]), _interval(row["cpu_time_ratio"])
     rates = f"{row['tokens_per_second']:.0f}", f"{row['own_tokens_per_second_to_measured']:.2f}×"
-    return [name, str(row["rounds"]), *rates, f"{row['mfu']:.0%}", peak, *ratios]
+    return [name, str(row["rounds"]), *rates, f"{row['mfu']:.0%}", peak, apart, *ratios]
 
 
 def startup(results: Path) -> str:

@@ -150,6 +150,7 @@ PEER = {
     "tokens_per_second": 10.0,
     "own_tokens_per_second_to_measured": 1.0,
     "mfu": 0.5,
+    "mean_loss_relative_difference": 2e-8,
     "peak_allocated_bytes": None,
     "ratio": interval(1.5),
     "cpu_time_ratio": interval(1.125),
@@ -167,8 +168,10 @@ def test_a_gpu_is_compared_by_the_clock_alone(page_of, device, ratios):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_peers_on_a_gpu_are_compared_by_the_clock_alone(page_of, device):
-    page = page_of(f"peers-{device}", [PEER, {"size": "small", "method": "full", "contestant": "trl", "error": "oom"}])
-    assert "1.500 [1.500, 1.500]" in page
+    failed = {"size": "small", "method": "full", "contestant": "trl", "error": "oom"}
+    page = page_of(f"peers-{device}", [PEER, PEER | {"mean_loss_relative_difference": None}, failed])
+    assert "| 2e-08 | 1.500 [1.500, 1.500] |" in page
+    assert "| not compared | 1.500 [1.500, 1.500] |" in page  # other rows or labels than ours
     assert "did not run: oom" in page
     assert ("1.125" in page) == ("in processor time" in page.split("## Beside", 1)[1]) == (device == "cpu")
     table = [line for line in page.splitlines() if line.startswith("|")]

@@ -167,10 +167,12 @@ def peers(results: Path) -> str:
         "4, which it needs; PEFT's loop learns the tokens of the prompt too. On a CPU all train at the same time, in "
         "turns of a few steps, so that a machine's drift falls on all alike; a round starts everybody anew, and its "
         "ratio is the median of those of turns that followed each other. What our launcher sets for its workers counts "
-        "as ours: memory that is freed stays with the process. Recommended settings: the section on settings. Tokens "
-        "per second are measured from outside, over all turns, those that the machine disturbed too; beside them "
-        "stands how many times as much each says of itself in a round without rests. optimum-benchmark 0.6.0 divides "
-        "the samples of all its steps by the mean time of one, so what it says is as many times too high.\n\n"
+        "as ours: two variables of glibc (`MALLOC_MMAP_MAX_=0`, `MALLOC_TRIM_THRESHOLD_=70368744177664`), with which "
+        "memory that is freed stays with the process. They are no part of the loop, and anybody can set them; "
+        "`--our-allocator` sets them for all. Recommended settings: the section on settings. Tokens per second are "
+        "measured from outside, over all turns, those that the machine disturbed too; beside them stands how many "
+        "times as much each says of itself in a round without rests. optimum-benchmark 0.6.0 divides the samples of "
+        "all its steps by the mean time of one, so what it says is as many times too high.\n\n"
     )
     return introduction + "\n".join(tables) if tables else ""
 

@@ -276,6 +276,7 @@ def _summary(name: str, alone: dict[str, dict[str, Any]], rounds: list[dict[str,
         "cpu_time_ratio": ratio_of_turns(_values(theirs, "cpu_s"), _values(ours, "cpu_s")),
         "mean_loss_relative_difference": apart,
         "peak_allocated_bytes": theirs[0]["peak_allocated_bytes"],
+        "versions": theirs[0]["versions"],
         "rounds": len(theirs),
     }
 

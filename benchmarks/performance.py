@@ -183,7 +183,7 @@ def _peers(found: dict[str, Any]) -> str:
     head += ["ours / its", "in processor time"]
     columns = head[:-1] if found["device"] == "cuda" else head
     table = _table(columns, (_peer(row)[: len(columns)] for row in found["rows"]), found)
-    return table + _raced_with(found["rows"]) + _note(found)
+    return table + _raced_with(found["rows"]) + _versions(found["rows"]) + _note(found)
 
 
 def _raced_with(rows: Sequence[dict[str, Any]]) -> str:
@@ -197,6 +197,15 @@ def _raced_with(rows: Sequence[dict[str, Any]]) -> str:
         f"\nSteps: {steps}, a quarter of them warm-up; turns: {turns}; threads: {threads}; our allocator's settings: "
         f"for {allocator}; ceiling of MFU in GFLOP/s: {', '.join(ceilings)}.\n"
     )
+
+
+def _versions(rows: Sequence[dict[str, Any]]) -> str:
+    """What each contestant ran with, where it is recorded: once, unless its rows differ."""
+    said = {}
+    for row in rows:
+        if versions := row.get("versions"):
+            said[f"{row['contestant']}: " + ", ".join(map(" ".join, versions.items()))] = None
+    return f"\nVersions of {'; of '.join(said)}.\n" if said else ""
 
 
 def _peer(row: dict[str, Any]) -> list[str]:

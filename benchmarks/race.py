@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 
 OWN, RECOMMENDED = "tunemap", "tunemap, recommended"
 PEFT_URL, PEFT_REPOSITORY = "https://github.com/huggingface/peft", "peft-repository"  # and where its clone lies
+PEFT_COMMIT = "5d602fdbff04c33c1c4de55cda9d4ae1d7cb7e40"
 NOT_INSTALLED = "not installed; make peers-install"
 
 
@@ -42,18 +44,23 @@ class Contestant:
     arguments: tuple[str, ...] = ()
 
 
+COMMON = ("torch==2.13.0", "numpy==2.4.6", "peft==0.21.2", "accelerate==1.15.0")  # to all environments
 CONTESTANTS = {
     OWN: Contestant("tunemap_loop.py", arguments=("run.json",)),
     RECOMMENDED: Contestant("tunemap_loop.py", arguments=("recommended.json",)),
     "trainer": Contestant("hf_trainer.py"),
-    "trl": Contestant("trl_sft.py", ("trl==1.16.0", "transformers==5.23.0", "peft==0.21.2")),
+    "trl": Contestant("trl_sft.py", ("trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", *COMMON)),
     "peft": Contestant("peft_comparison.py", same_labels=False),
-    "optimum-benchmark": Contestant("optimum_bench.py", ("optimum-benchmark==0.6.0", "transformers<5", "peft"), False),
+    "optimum-benchmark": Contestant(
+        "optimum_bench.py",
+        ("optimum-benchmark==0.6.0", "transformers==4.57.6", "datasets==5.0.1", *COMMON),  # it needs transformers < 5
+        same_labels=False,
+    ),
 }
 
 
 def install(environments: Path, names: list[str]) -> None:
-    """Make the environments of the peers that need one, and fetch PEFT's repository for its loop."""
+    """Make the environments of the peers that need one, and fetch PEFT's repository at its commit for its loop."""
     for name in names:
         requirements = CONTESTANTS[name].requirements
         if requirements is None:
@@ -61,12 +68,19 @@ def install(environments: Path, names: list[str]) -> None:
         place = environments / name
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
         pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "torch==2.13.0", "numpy", *requirements], check=True)
+        subprocess.run([*pip, *requirements], check=True)
     repository = environments / PEFT_REPOSITORY
     if "peft" in names and not repository.exists():
-        cloned = subprocess.run(["git", "clone", "--quiet", "--depth=1", PEFT_URL, repository])
-        if cloned.returncode:
-            sys.exit(f"no {PEFT_URL} from here; put a clone of it at {repository}, or leave out peft with --peers")
+        git = ["git", "-C", repository]
+        fetch = [*git, "fetch", "--quiet", "--depth=1", PEFT_URL, PEFT_COMMIT]
+        subprocess.run(["git", "init", "--quiet", repository], check=True)
+        if subprocess.run(fetch).returncode:
+            shutil.rmtree(repository)
+            sys.exit(
+                f"no {PEFT_URL} from here; put a clone of it, at commit {PEFT_COMMIT}, at {repository}, or leave out "
+                "peft with --peers"
+            )
+        subprocess.run([*git, "checkout", "--quiet", "FETCH_HEAD"], check=True)
 
 
 def is_installed(name: str, environments: Path) -> bool:

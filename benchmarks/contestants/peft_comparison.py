@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def main() -> None:
     torch.set_num_threads(work.threads)
     watch = Stopwatch(result, work)
     batches = Batches(folder, work)
-    sys.path.insert(0, str(Path(os.environ["PEFT_REPOSITORY"], "method_comparison", "MetaMathQA")))
+    repository = Path(os.environ["PEFT_REPOSITORY"])
+    sys.path.insert(0, str(repository / "method_comparison" / "MetaMathQA"))
     peft.utils.infer_device = lambda: "cuda"  # it refuses a CPU; CUDA's memory counters say 0 where there is none
     comparison: Any = importlib.import_module("run")
     comparison.get_wiki_small = list
@@ -77,7 +79,15 @@ def main() -> None:
     )
     if trained.error_msg:
         sys.exit(trained.error_msg)
-    watch.save(losses=trained.losses, own_tokens_per_second=trained.metrics[0]["tokens / sec"])
+    commit = {"PEFT's repository": _commit_of(repository)}
+    watch.save(losses=trained.losses, own_tokens_per_second=trained.metrics[0]["tokens / sec"], **commit)
+
+
+def _commit_of(repository: Path) -> str:
+    if not (repository / ".git").exists():  # git would tell the commit of ours, in which its folder lies
+        return "unknown"
+    asked = ["git", "-C", str(repository), "rev-parse", "HEAD"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
 
 
 class _Bar:

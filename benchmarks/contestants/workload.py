@@ -15,11 +15,16 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# Whatever of these is where a contestant runs has its version in the result.
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "optimum-benchmark")
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,22 @@ class Stopwatch:
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
 
-    def save(self, *, losses: list[float], own_tokens_per_second: float | None) -> None:
+    def save(self, *, losses: list[float], own_tokens_per_second: float | None, **versions: str) -> None:
         """Leave times, losses, what the contestant itself calls its throughput, and a GPU's peak of allocated bytes.
 
         What it calls its throughput is right with one turn only: a clock of its own goes on while it rests.
+        versions: of what is no installed package, beside those of the packages.
         """
         known: dict[str, Any] = {"losses": losses, "own_tokens_per_second": own_tokens_per_second}
+        known["versions"] = installed_versions() | versions
         known["peak_allocated_bytes"] = torch.cuda.max_memory_allocated() if self._work.device == "cuda" else None
         self._result.write_text(json.dumps({"turns_wall_and_cpu_s": self._turns, **known}))
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that a contestant can have, where it has them."""
+    known = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            known[name] = metadata.version(name)
+    return known

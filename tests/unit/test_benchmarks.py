@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tunemap.config import Factors
 from tunemap.training.packed_attention import by_document
@@ -66,6 +67,21 @@ def test_a_peer_that_is_not_installed_is_a_result_and_the_others_race(module, wo
     assert list(found) == stand_ins
     assert found["absent"] == {"error": "not installed; make peers-install"}
     assert found[race.OWN]["tokens_per_second"] == 24.0  # three steps of 16 tokens in a turn of 2 s
+
+
+def test_a_result_has_the_versions_of_what_is_installed_where_it_ran(module, workload, tmp_path):
+    watch = module("contestants.workload").Stopwatch(tmp_path / "result.json", workload())
+    watch.save(losses=[], own_tokens_per_second=None, repository="5d602fd")
+    versions = json.loads((tmp_path / "result.json").read_text())["versions"]
+    assert versions["torch"] == torch.__version__
+    assert versions["repository"] == "5d602fd"
+    assert "optimum-benchmark" not in versions  # it is never in our environment
+
+
+def test_every_package_of_a_peer_has_its_version(module):
+    wanted = [one for contestant in module("race").CONTESTANTS.values() for one in contestant.requirements or ()]
+    assert len(wanted) > 10
+    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", one) for one in wanted)
 
 
 def test_peft_needs_its_repository_besides_our_environment(module, tmp_path):
@@ -186,6 +202,13 @@ def test_the_page_says_what_was_raced_with_where_that_is_known(page_of):
     assert "in GFLOP/s: 91.8, 100.0." in page
 
 
+def test_the_page_names_the_versions_of_each_contestant_once(page_of):
+    trl = PEER | {"contestant": "trl", "versions": {"torch": "2", "trl": "1"}}
+    assert "Versions of" not in page_of("peers-cpu", [PEER])
+    page = page_of("peers-cpu", [PEER | {"versions": {"torch": "2"}}, trl, trl | {"method": "lora"}])
+    assert "\nVersions of trainer: torch 2; of trl: torch 2, trl 1.\n" in page
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_the_page_says_of_packed_rows_holds_on_the_device(module, page_of, device):
     page = page_of(f"waterfall-{device}", [])
@@ -244,6 +267,7 @@ def raced(module, workload, monkeypatch):
     def race(names, folder, environments, *, everywhere):
         ran.append(names)
         known = {"tokens_per_second": 1.0, "own_tokens_per_second": 1.0, "peak_allocated_bytes": None, "losses": [1.0]}
+        known["versions"] = {"torch": "2"}
         return {
             name: {"error": "oom"} if name == "trl" else known | {"wall_s": np.ones(1), "cpu_s": np.ones(1)}
             for name in names
@@ -265,6 +289,7 @@ def test_each_method_has_a_round_before_one_has_its_second(raced):
     assert [[row.get("error") for row in rows] for _, rows in tables] == [[None, "oom", None]] * 4
     settings = RACED_WITH | {"steps": 4, "turns": 1}
     assert all(row.items() >= settings.items() for _, rows in tables for row in rows)
+    assert tables[0][1][0]["versions"] == {"torch": "2"}
     assert ["trl" in names for names in ran] == [True, True, False, False]  # who fails does not race on
 
 

@@ -235,11 +235,23 @@ def startup(results: Path) -> str:
             (_start(f"{row['method']}: {row['name']}", row) for row in found["runs"]),
             found,
         )
+        + _trainer_in_ours(found["runs"])
         + "\nMost of it are imports. torch, transformers and peft, imported by a process that does nothing else; a run "
         "imports them without garbage collection, without torch's compiler and scipy, and lets transformers read the "
         "sources of its models once in place of twice (`tunemap.startup`):\n\n"
         + _table(["imports", *head], (_start(row["name"], row) for row in found["imports"]), found)
         + _note(found)
+    )
+
+
+def _trainer_in_ours(rows: Sequence[dict[str, Any]]) -> str:
+    """What to think of the Trainer's start, unless it was in an environment without our dependencies."""
+    if not any(row["name"] == "trainer" and row.get("environment", "tunemap") == "tunemap" for row in rows):
+        return ""
+    return (
+        "\nThe Trainer started in our environment and paid for what it finds there: transformers and peft import "
+        "bitsandbytes and scipy where they are installed, which we need and it does not. TRL, which is the Trainer and "
+        "more, started in an environment without them.\n"
     )
 
 

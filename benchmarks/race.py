@@ -85,7 +85,7 @@ def install(environments: Path, names: list[str]) -> None:
 
 def is_installed(name: str, environments: Path) -> bool:
     """Whether what a contestant starts from is there; what an environment lacks, its start tells."""
-    needed = [_python_of(name, environments), *([environments / PEFT_REPOSITORY] if name == "peft" else [])]
+    needed = [python_of(name, environments), *([environments / PEFT_REPOSITORY] if name == "peft" else [])]
     return all(path.exists() for path in needed)
 
 
@@ -93,10 +93,11 @@ def command_of(name: str, folder: Path, result: Path, environments: Path) -> lis
     """What starts a contestant on the workload in `folder`."""
     contestant = CONTESTANTS[name]
     script = HERE / "contestants" / contestant.script
-    return [_python_of(name, environments), script, folder, result, *contestant.arguments]
+    return [python_of(name, environments), script, folder, result, *contestant.arguments]
 
 
-def _python_of(name: str, environments: Path) -> Path:
+def python_of(name: str, environments: Path) -> Path:
+    """The Python that a contestant starts in."""
     return environments / name / "bin" / "python" if CONTESTANTS[name].requirements else Path(sys.executable)
 
 

@@ -6,7 +6,8 @@
 
 runs      Each contestant of peers.py trains the smallest workload there twice: few steps, and many. A straight line
           through both is what no step would take. Of TuneMap the whole command of the rule `train` is measured, with
-          launcher, gates, records, checksums and outcome; the others keep nothing, not even the model.
+          launcher, gates, records, checksums and outcome; the others keep nothing, not even the model. The Trainer
+          starts in TRL's environment where that is installed: in ours transformers and peft import what only we need.
 imports   torch, transformers and peft, imported plainly, with the garbage collector paused, and in the way of
           `tunemap.startup.quick_imports`, which leaves torch's compiler and scipy out as well and lets transformers
           read its models' sources once.
@@ -32,7 +33,17 @@ from typing import Any
 from contestants.workload import Workload
 from paired import mean_of_rounds, shown, time_left
 from peers import HERE, SIZES, prepared
-from race import CONTESTANTS, NOT_INSTALLED, OWN, RECOMMENDED, command_of, environment_of, is_installed, orders
+from race import (
+    CONTESTANTS,
+    NOT_INSTALLED,
+    OWN,
+    RECOMMENDED,
+    command_of,
+    environment_of,
+    is_installed,
+    orders,
+    python_of,
+)
 
 from tunemap.measure.environment import environment
 
@@ -68,13 +79,28 @@ def our_command(folder: Path, scratch: Path) -> list[Any]:
     return command
 
 
+def their_command(name: str, folder: Path, result: Path, environments: Path) -> list[Any]:
+    """What starts another contestant, each where its users would have it."""
+    command = command_of(name, folder, result, environments)
+    if environment_name(name, environments) == "trl":
+        command[0] = python_of("trl", environments)
+    return command
+
+
+def environment_name(name: str, environments: Path) -> str:
+    """Whose environment a contestant starts in; PEFT's loop needs bitsandbytes, as ours has it."""
+    if name == "trainer" and is_installed("trl", environments):
+        return "trl"
+    return name if CONTESTANTS[name].requirements else OWN
+
+
 def run_once(name: str, folder: Path, environments: Path) -> Cost:
     """Train as a contestant does, to its end."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         known = environment_of(name, Workload.load(folder), environments)
         if name != OWN:
-            return spent(command_of(name, folder, place / "result.json", environments), env=known, cwd=place)
+            return spent(their_command(name, folder, place / "result.json", environments), env=known, cwd=place)
         cost = spent(our_command(folder, place), env=known, cwd=place)
         outcome = json.loads((place / "outcome.json").read_text())
         assert outcome["outcome"] == "ok", outcome["reason"]
@@ -124,7 +150,10 @@ def runs(method: str, peers: list[str], environments: Path, rounds: int) -> list
     )
     with prepared([short]) as (few,), prepared([long]) as (many,):
         found = costs_in_turns([OWN, *peers], lambda name: besides_steps(name, few, many, environments), rounds)
-    return [{"method": method, **row} for row in summary(found, OWN)]
+    return [
+        {"method": method, "environment": environment_name(row["name"], environments), **row}
+        for row in summary(found, OWN)
+    ]
 
 
 def imports(rounds: int) -> list[dict[str, Any]]:

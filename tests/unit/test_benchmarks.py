@@ -230,6 +230,30 @@ def test_nobody_saves_a_checkpoint_in_a_turn(module, workload):
     assert factors.checkpoint_steps == work.steps  # the last step's, after which the worker keeps the model instead
 
 
+def test_the_trainer_starts_without_our_dependencies_where_trl_is_installed(module, tmp_path):
+    startup = module("startup")
+
+    def python(name):
+        return startup.their_command(name, tmp_path, tmp_path / "result.json", tmp_path)[0]
+
+    assert (python("trainer"), startup.environment_name("trainer", tmp_path)) == (Path(sys.executable), "tunemap")
+    (tmp_path / "trl" / "bin").mkdir(parents=True)
+    (tmp_path / "trl" / "bin" / "python").touch()
+    assert (python("trainer"), startup.environment_name("trainer", tmp_path)) == (python("trl"), "trl")
+    assert python("peft") == Path(sys.executable)
+
+
+def test_the_page_says_when_the_trainer_started_among_our_dependencies(module, tmp_path):
+    def page(**known):
+        row = {"method": "full", "name": "trainer", "rounds": 1, "wall_s": 1, "cpu_s": 1} | known
+        found = {"runs": [row | {"cpu_time_ratio": interval(1.5)}], "imports": [], "environment": MACHINE}
+        (tmp_path / "startup-cpu.json").write_text(json.dumps(found))
+        return module("performance").page(tmp_path)
+
+    assert "The Trainer started in our environment" in page()
+    assert "The Trainer started in our environment" not in page(environment="trl")
+
+
 def test_methods_share_a_model_that_is_drawn_once(module, workload, monkeypatch):
     peers, drawn = module("peers"), []
     draw = peers.models.prepare

@@ -351,18 +351,20 @@ def scale(results: Path) -> str:
     found = read_results(results, "scale-cpu")
     if found is None:
         return ""
-    stages = ("plan", "dry_run", "collect")
     rows = [
         [
             f"{one['runs']:,}",
-            *(_cost(one[stage]["processor_s"], one[stage]["peak_bytes"]) for stage in stages),
+            *(_cost(one[stage]["processor_s"], one[stage]["peak_bytes"]) for stage in ("plan", "dry_run")),
+            f"{one['collected_runs']:,}",
+            _cost(one["collect"]["processor_s"], one["collect"]["peak_bytes"]),
         ]
         for one in found["sizes"]
     ]
     return (
         "## Large studies\n\n"
-        "Processor time and peak memory of `tunemap plan`, `snakemake -n` and the tables (`benchmarks/scale.py`).\n\n"
-        + _table(["runs", "plan", "dry run", "tables"], rows, found)
+        "Processor time and peak memory of `tunemap plan`, `snakemake -n` and the tables (`benchmarks/scale.py`). What "
+        "is collected is a made-up study of whole copies of 101 runs, at least one.\n\n"
+        + _table(["runs", "plan", "dry run", "collected runs", "tables"], rows, found)
     )
 
 

@@ -3,9 +3,10 @@
     python benchmarks/extraction.py                       # 0.5, 1 and 5 million kernels
     python benchmarks/extraction.py --full                # 20 million as well (2 GB of disk, minutes to generate), kept
                                                           # in benchmarks/results/extraction-cpu.json
-    python benchmarks/extraction.py --full --peers PYTHON # and beside nsys-ai and HolisticTraceAnalysis, kept too
+    python benchmarks/extraction.py --full --peers PYTHON # and beside nsys-ai and HolisticTraceAnalysis, kept in
+                                                          # benchmarks/results/extraction-peers-cpu.json
     python benchmarks/extraction.py --trace FILE          # any trace of your own
-    python benchmarks/extraction.py --peers PYTHON        # the peers alone
+    python benchmarks/extraction.py --peers PYTHON        # the peers alone; kept with --json FILE
 
 Each line is one fresh process that reads the file and computes every fact: wall time, processor time and the peak of
 its resident memory, imports included. The generated file has 4 processes that all call their GPU device 0, 2 API calls
@@ -31,7 +32,8 @@ from tunemap.files import write_json
 from tunemap.measure.environment import environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-KEPT = REPOSITORY / "benchmarks" / "results" / "extraction-cpu.json"
+RESULTS = REPOSITORY / "benchmarks" / "results"
+KEPT, KEPT_PEERS = RESULTS / "extraction-cpu.json", RESULTS / "extraction-peers-cpu.json"
 GENERATOR = REPOSITORY / "tests" / "unit" / "trace"
 MILLION = 1_000_000
 TARGET_KERNELS, TARGET_S, TARGET_MB = 5 * MILLION, 10, 1000
@@ -187,20 +189,25 @@ def measure_sizes(sizes: list[int], repeat: int) -> Iterator[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", type=float, nargs="+", default=[0.5, 1, 5], metavar="MILLION")
-    parser.add_argument("--full", action="store_true", help=f"20 million kernels as well; results in {KEPT.name}")
+    parser.add_argument("--full", action="store_true", help=f"20 million kernels as well; kept in {KEPT.name}")
     parser.add_argument("--trace", type=Path, nargs="+", help="measure these files instead of generated ones")
-    parser.add_argument("--peers", metavar="PYTHON", help="python of an environment with the peers; see above")
+    parser.add_argument(
+        "--peers",
+        metavar="PYTHON",
+        help=f"python of an environment with the peers; with --full kept in {KEPT_PEERS.name}",
+    )
     parser.add_argument("--peer-kernels", type=float, default=0.1, metavar="MILLION")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each size; the fastest counts")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     sys.path.insert(0, str(GENERATOR))
     kept: dict = {"environment": environment(REPOSITORY).as_dict(), "sizes": [], "peers": []}
-    file = args.json or (KEPT if args.full else None)
 
-    def keep() -> None:
-        if file is not None:
-            write_json(file, kept)
+    def keep(file: Path, part: str) -> None:
+        if args.json:
+            write_json(args.json, kept)
+        elif args.full:
+            write_json(file, {name: kept[name] for name in ("environment", part)})
 
     head = (
         f"{'kernels':>12} {'API calls':>11} {'copies':>9} {'file MB':>8} {'read s':>7} {'facts s':>8} {'total s':>8} "
@@ -216,7 +223,7 @@ def main() -> int:
         sizes = [round(size * MILLION) for size in [*args.kernels, *([20] if args.full else [])]]
         for result in measure_sizes(sizes, args.repeat):
             kept["sizes"].append(result)
-            keep()  # at once: the next size takes minutes
+            keep(KEPT, "sizes")  # at once: the next size takes minutes
             slow = result["total_s"] > TARGET_S or result["peak_mb"] > TARGET_MB
             missed |= result["asked_kernels"] == TARGET_KERNELS and slow
         said = f"every figure equals the generator's truth; target at 5 million: {TARGET_S} s and {TARGET_MB} MB"
@@ -224,7 +231,7 @@ def main() -> int:
         print(said, f"({'missed' if missed else 'met'})" if measured else "(not measured)")
     if args.peers:
         kept["peers"] = compare_peers(args.peers, round(args.peer_kernels * MILLION))
-        keep()
+        keep(KEPT_PEERS, "peers")
     return int(missed)
 
 

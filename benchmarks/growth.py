@@ -43,8 +43,8 @@ def of_kernels(results: Path) -> list[Line]:
     """Reading of a profile."""
     found = read_results(results, "extraction-cpu")
     sizes = found["sizes"] if found else []
-    columns = [[float(one[key]) for one in sizes] for key in ("kernels", "processor_s", "peak_mb")]
-    return [("tunemap facts", columns[0], columns[1], columns[2])] if sizes else []
+    kernels = [float(one["kernels"]) for one in sizes]
+    return [("tunemap facts", kernels, *_columns(sizes))] if sizes else []
 
 
 def of_rows(results: Path) -> list[Line]:

@@ -288,7 +288,7 @@ def extraction(results: Path) -> str:
             f"{one['file_mb']:,.0f}",
             f"{one['total_s']:.2f}",
             f"{one['processor_s']:.2f}",
-            f"{one['peak_mb']:.0f}",
+            f"{one['peak_bytes'] / 1e6:.0f}",
         ]
         for one in found["sizes"]
     ]
@@ -322,7 +322,7 @@ def _extraction_peer(row: dict[str, Any]) -> list[str]:
     if "failure" in row:
         return [row["tool"], row["input"], f"failed: {row['failure']}", "", "", ""]
     off = [f"{row[f'{part}_ms'] - row[f'true_{part}_ms']:+.3f}" for part in ("compute", "idle")]
-    return [row["tool"], row["input"], f"{row['total_s']:.2f}", f"{row['peak_mb']:.0f}", *off]
+    return [row["tool"], row["input"], f"{row['total_s']:.2f}", f"{row['peak_bytes'] / 1e6:.0f}", *off]
 
 
 def report(results: Path) -> str:

@@ -19,7 +19,9 @@ INTRODUCTION = """# Performance
 
 What TuneMap costs, and what its settings bring. Every table is written by `python benchmarks/performance.py` from a
 file in `benchmarks/results`, which holds the machine with its versions; a table that is missing here has not been
-measured. Ratios and processor time travel between machines, seconds do not.
+measured. Ratios and processor time travel between machines, seconds do not. Brackets hold 95 % intervals: of the
+instruments, of what the step leaves out and of GoRA a bootstrap interval of the median ratio over blocks or rounds, of
+all other ratios a t interval of their geometric mean over the rounds. One round has none.
 `make bench` and `make peers` measure again. So does `make gpu-bench` where there is a GPU, without network: in ten
 minutes what comes first of sizes and rounds, with `MINUTES=60` all, except for the model of 7 billion parameters, whose
 weights take minutes to draw (`python benchmarks/peers.py --device cuda --sizes qwen2.5-7b`). The tools to race against

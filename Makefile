@@ -45,7 +45,7 @@ lint: install ## format, style, types, and Snakemake's own linter
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 
-bench: install ## print what the instruments cost, GoRA beside LoRA, planned beside measured memory, reading speed
+bench: install ## print most tables of docs/performance.md, and planned beside measured memory; writes none of them
 	python benchmarks/overhead.py
 	python benchmarks/gora_throughput.py
 	python benchmarks/agreement.py

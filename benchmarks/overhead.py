@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py                     # ~25M-parameter Qwen2, 2 x 64 tokens, CPU, under 6 minutes
     python benchmarks/overhead.py --device cuda --pairs 400
-    python benchmarks/overhead.py --output benchmarks/results/overhead.json
+    python benchmarks/overhead.py --output benchmarks/results/overhead-cpu.json
 
 The instrumented steps are those of `tunemap.training.loop.Loop` itself, signs of life included; the bare ones are the
 same work written down plainly, with the same kernels: forward, cross-entropy, backward, clipping, AdamW. The loop asks

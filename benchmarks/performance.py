@@ -22,11 +22,32 @@ file in `benchmarks/results`, which holds the machine with its versions; a table
 measured. Ratios and processor time travel between machines, seconds do not. Brackets hold 95 % intervals: of the
 instruments, of what the step leaves out and of GoRA a bootstrap interval of the median ratio over blocks or rounds, of
 all other ratios a t interval of their geometric mean over the rounds. One round has none.
-`make bench` and `make peers` measure again. So does `make gpu-bench` where there is a GPU, without network: in ten
-minutes what comes first of sizes and rounds, with `MINUTES=60` all, except for the model of 7 billion parameters, whose
-weights take minutes to draw (`python benchmarks/peers.py --device cuda --sizes qwen2.5-7b`). The tools to race against
-are installed by `make peers-install`; one that is not there does not run, and the others do.
+The command below a table measures it again and writes its file, `python benchmarks/performance.py` then the page.
+`make bench` and `make peers` print most of it and write no file of it: `make bench` leaves out the race, other tools'
+readings of a profile, and the largest profile and executed study. `make gpu-bench`, where there is a GPU, writes files
+and page, without network: in ten minutes what comes first of sizes and rounds, with `MINUTES=60` all, except for the
+model of 7 billion parameters, whose weights take minutes to draw (`python benchmarks/peers.py --device cuda --sizes
+qwen2.5-7b`). The tools to race against are installed by `make peers-install`; one that is not there does not run, and
+the others do.
 """
+
+
+# What writes a file of benchmarks/results, but for where: PYTHON is that of an environment with the other tools.
+COMMANDS = {
+    "overhead": "overhead.py",
+    "lean-step": "lean_step.py",
+    "waterfall": "waterfall.py --rounds 5",
+    "peers": "peers.py --rounds 6",
+    "startup": "startup.py",
+    "gora-throughput": "gora_throughput.py",
+    "tokenisation": "tokenisation.py",
+    "extraction": "extraction.py --full",
+    "extraction-peers": "extraction.py --peers PYTHON",
+    "report": "report.py",
+    "scale": "scale.py",
+    "executed": "executed.py --runs 1000 10000",
+    "alternatives": "alternatives.py",
+}
 
 
 def page(results: Path = RESULTS) -> str:
@@ -42,7 +63,15 @@ def page(results: Path = RESULTS) -> str:
 def read_results(results: Path, name: str) -> dict[str, Any] | None:
     """What a benchmark found, None where it has not run."""
     path = results / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) | {"command": _command(name)} if path.exists() else None
+
+
+def _command(name: str) -> str:
+    """What measures again what a file holds, and writes it."""
+    benchmark, _, device = name.rpartition("-")
+    words = ["python", f"benchmarks/{COMMANDS[benchmark]}", *(["--device cuda"] if device == "cuda" else [])]
+    keep = "--json" if benchmark.startswith("extraction") else "--output"
+    return " ".join([*words, keep, f"benchmarks/results/{name}.json"])
 
 
 def _of_devices(results: Path, name: str) -> list[dict[str, Any]]:
@@ -57,12 +86,13 @@ def _note(found: dict[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], found: dict[str, Any]) -> str:
-    """A table of what was `found`, and the machine below it."""
+    """A table of what was `found`; below it the machine, and the command that measures it again."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     cpu, packages = found["environment"]["cpu"], found["environment"]["packages"]
     devices = [gpu["name"] for gpu in found["environment"]["gpus"]]
     machine = ", ".join([*devices, cpu["model"], f"{cpu['usable_cores']} cores", f"torch {packages['torch']}"])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + f"\n*{machine}.*\n"
+    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return f"{table}\n*{machine}.* `{found['command']}`\n"
 
 
 def _interval(found: dict[str, Any], digits: int = 3) -> str:

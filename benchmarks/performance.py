@@ -477,6 +477,7 @@ def alternatives(results: Path) -> str:
         "`benchmarks/alternatives.py`. Peak memory that others published of one GPU, in MiB: as planned here with "
         "their settings, and as `accelerate estimate-memory` tells it of the model, which it is asked for alone.\n\n"
         + _table(["published", "MiB", "planned", "accelerate"], planning, found)
+        + _note(found)
         + "\nTables of made-up studies: ours, with checksums, gates, intervals and comparisons, and ten lines of "
         "pandas that write means and deviations.\n\n"
         + _table(["runs", "TuneMap", "pandas"], tables, found)

@@ -317,7 +317,7 @@ def _with_evaluation(result: Result, folder: Path) -> Result:
 def _read_predictions(path: Path) -> tuple[dict[str, bool], str]:
     """Whether each example was answered correctly, by its id, or a problem."""
     correct: dict[str, bool] = {}
-    number = 0
+    number = 0  # what cannot be decoded fails before its first line
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import glob
 import hashlib
@@ -95,6 +96,28 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); delete the file and run the workflow again") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; anything else is a `UserError` that names it."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged (no JSON object)")
+    return value
+
+
+# What code raises that is given other contents than a workflow writes.
+DAMAGE = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, csv.Error)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let what fails in the body be a `UserError` that names the file whose contents it works on."""
+    try:
+        yield
+    except DAMAGE as error:
+        why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"{path}: damaged ({why})") from None
 
 
 SEAL = "seal"  # the key of a result that holds the checksum of all others

@@ -2,6 +2,8 @@
 
 Raw files are steps.csv, predictions.jsonl, the plan, and what a run measured once (memory, energy, parts of its time).
 Everything else follows from them: summaries in outcome.json and evaluation.json, gates, digests, and all tables.
+Drawings, the page and the database are not made again: in an artifact their checksums are compared, elsewhere it is
+only seen that they are there. A file that cannot be read is a difference, and the others are still looked at.
 """
 
 from __future__ import annotations
@@ -13,12 +15,19 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunemap.errors import UserError
-from tunemap.files import read_json, sha256_of
+from tunemap.files import DAMAGE, naming, read_json, read_object, sha256_of
+
+if TYPE_CHECKING:
+    from tunemap.training.steps import StepRecord
 
 PLAN = "plan.json"
+PLAN_KEYS = ("study", "report", "hardware", "experiments", "runs")
+FIGURES = "figures/figures.json"
+PREDICTION_KEYS = {"id", "output", "reference", "correct"}
+MADE_LAST = (FIGURES, "report.html", "study.sqlite")  # of a finished study, besides its tables
 CHECKSUMS = "SHA256SUMS"  # at the root of an artifact
 RELATIVE_TOLERANCE = 1e-9  # of sums taken again in the same order, after a round trip through decimal text
 
@@ -39,7 +48,11 @@ def run_verify(args: argparse.Namespace) -> int:
             print(f"note: {others} runs were made by other sources of this package, whose definitions may differ")
         print(f"{len(differences)} difference(s) between the results of {runs} runs and what follows from their files")
         return 1
-    print(f"{runs} runs: digests, summaries, gates, tables and figures all follow from the raw files")
+    print(f"{runs} runs: digests, summaries, gates, tables and captions all follow from the raw files")
+    if _checksums(args.results).is_file():
+        print(f"every file has its checksum in {CHECKSUMS}")
+    else:
+        print(f"drawings, report.html and study.sqlite are there; only an artifact's {CHECKSUMS} shows changes in them")
     return 0
 
 
@@ -47,8 +60,18 @@ def _made_by_other_sources(results_dir: Path) -> int:
     """How many results carry a source digest that is not this package's."""
     from tunemap.measure.environment import package_digest
 
-    found = [read_json(path).get("environment", {}) for path in (results_dir / "runs").glob("*/outcome.json")]
-    return sum(one.get("source_digest", package_digest()) != package_digest() for one in found)
+    own = package_digest()
+    found = (results_dir / "runs").glob("*/outcome.json")
+    return sum(_source_digest(path) not in (None, own) for path in found)
+
+
+def _source_digest(path: Path) -> str | None:
+    """The digest of the package that made a result; None where the file does not say it."""
+    try:
+        environment = read_object(path).get("environment")
+    except UserError:
+        return None
+    return environment.get("source_digest") if isinstance(environment, dict) else None
 
 
 def verify(results_dir: Path) -> list[str]:
@@ -56,35 +79,53 @@ def verify(results_dir: Path) -> list[str]:
 
     Raises UserError where there is no plan to compare with.
     """
-    if not (results_dir / PLAN).exists():
-        raise UserError(f"{results_dir}: no {PLAN}; give the folder of a study, such as results/quickstart")
-    plan = read_json(results_dir / PLAN)
-    differences = list(_checksum_differences(results_dir))
+    plan = _plan(results_dir)
+    differences = list(_checked(_checksums(results_dir), _checksum_differences(results_dir)))
     for run, planned in plan["runs"].items():
+        outcome = results_dir / "runs" / run / "outcome.json"
+        evaluation = results_dir / "evaluations" / run / "evaluation.json"
         differences += _plan_differences(run, planned)
-        differences += _run_differences(results_dir / "runs" / run, planned)
-        differences += _evaluation_differences(results_dir / "evaluations" / run, planned)
+        differences += _checked(outcome, _run_differences(outcome, planned))
+        differences += _checked(evaluation, _evaluation_differences(evaluation, planned))
     differences += [*_measurement_table_differences(results_dir, plan), *_table_differences(results_dir, plan)]
-    return differences + list(_figure_differences(results_dir))
+    differences += _missing(results_dir)
+    differences += _checked(results_dir / FIGURES, _figure_differences(results_dir))
+    return list(dict.fromkeys(differences))  # a file that several checks read is damaged once
 
 
-# --- checksums --------------------------------------------------------------------------------------------
+def _missing(results_dir: Path) -> Iterator[str]:
+    """What a finished study has and this one has not, or has empty."""
+    for path in (results_dir / name for name in MADE_LAST):
+        if not path.is_file():
+            yield f"{path}: no such file"
+        elif path.stat().st_size == 0:
+            yield f"{path}: damaged (the file is empty)"
 
 
-def _checksum_differences(results_dir: Path) -> Iterator[str]:
-    """In an unpacked artifact: every file that is not what was packed."""
-    root = results_dir.resolve().parent.parent
-    if not (root / CHECKSUMS).is_file():
-        return
-    for line in (root / CHECKSUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        if not (root / name).is_file():
-            yield f"{name}: no such file, but {CHECKSUMS} has it"
-        elif sha256_of(root / name) != digest:
-            yield f"{name}: its SHA-256 is not the one in {CHECKSUMS}: the file was changed after packing"
+def _checked(path: Path, differences: Iterator[str]) -> Iterator[str]:
+    """The differences that a check finds in a file, and what keeps it from its end: the other checks go on."""
+    try:
+        with naming(path):
+            yield from differences
+    except UserError as error:
+        yield str(error)
 
 
-# --- digests ----------------------------------------------------------------------------------------------
+# --- the plan ---------------------------------------------------------------------------------------------
+
+
+def _plan(results_dir: Path) -> dict[str, Any]:
+    """The plan, with all that the checks look up in it."""
+    path = results_dir / PLAN
+    if not path.exists():
+        raise UserError(f"{results_dir}: no {PLAN}; give the folder of a study, such as results/quickstart")
+    plan = read_object(path)
+    if missing := [key for key in PLAN_KEYS if key not in plan]:
+        raise UserError(f"{path}: damaged (no '{missing[0]}')")
+    with naming(path):
+        for run, planned in plan["runs"].items():
+            list(_plan_differences(run, planned))
+    return plan
 
 
 def _plan_differences(run: str, planned: dict[str, Any]) -> Iterator[str]:
@@ -96,43 +137,56 @@ def _plan_differences(run: str, planned: dict[str, Any]) -> Iterator[str]:
             yield f"{PLAN}: run {run}: {name} is {planned[name]}, its factors give {digest}"
 
 
+# --- checksums --------------------------------------------------------------------------------------------
+
+
+def _checksums(results_dir: Path) -> Path:
+    """Where an artifact has its checksums; a study that was not packed has none."""
+    return results_dir.resolve().parent.parent / CHECKSUMS
+
+
+def _checksum_differences(results_dir: Path) -> Iterator[str]:
+    """In an unpacked artifact: every file that is not what was packed."""
+    sums = _checksums(results_dir)
+    if not sums.is_file():
+        return
+    root = sums.parent
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if not (root / name).is_file():
+            yield f"{name}: no such file, but {CHECKSUMS} has it"
+        elif sha256_of(root / name) != digest:
+            yield f"{name}: its SHA-256 is not the one in {CHECKSUMS}: the file was changed after packing"
+
+
 # --- runs -------------------------------------------------------------------------------------------------
 
 
-def _run_differences(folder: Path, planned: dict[str, Any]) -> Iterator[str]:
+def _run_differences(path: Path, planned: dict[str, Any]) -> Iterator[str]:
     from tunemap.run import Run, canonical_json
+    from tunemap.training.steps import read_records, summarise_steps
 
-    path = folder / "outcome.json"
-    try:
-        outcome = read_json(path)
-    except UserError as error:
-        yield str(error)
-        return
+    outcome, steps = read_object(path), path.with_name("steps.csv")
     if outcome["digest"] != planned["digest"]:
         yield f"{path}: digest is {outcome['digest']}, the plan's is {planned['digest']}"
     spec = Run.from_json(canonical_json(outcome["spec"])).training_digest
     if spec != outcome["digest"]:
         yield f"{path}: digest is {outcome['digest']}, its spec gives {spec}"
-    yield from _steps_differences(folder, outcome)
     yield from _measurement_differences(path, outcome)
-    yield from _gate_differences(path, outcome)
+    yield from _steps_file_differences(steps, outcome)
+    with naming(steps):
+        records = read_records(steps)
+    if steps.exists() and outcome["measurements"]:
+        again = summarise_steps(records)
+        yield from _unequal(f"{path}: measurements", outcome["measurements"], again, "steps.csv gives")
+    yield from _gate_differences(path, outcome, records)
 
 
-def _steps_differences(folder: Path, outcome: dict[str, Any]) -> Iterator[str]:
-    from tunemap.training.steps import read_records, summarise_steps
-
-    path = folder / "steps.csv"
+def _steps_file_differences(path: Path, outcome: dict[str, Any]) -> Iterator[str]:
     if not path.exists():
         yield f"{path}: no such file"
-        return
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    if checksum != outcome.get("steps_sha256"):
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != outcome.get("steps_sha256"):
         yield f"{path}: its SHA-256 is not the one in outcome.json: the file was changed after the run"
-    records = read_records(path)
-    if not outcome["measurements"]:
-        return
-    again = summarise_steps(records)
-    yield from _unequal(f"{folder / 'outcome.json'}: measurements", outcome["measurements"], again, "steps.csv gives")
 
 
 def _measurement_differences(path: Path, outcome: dict[str, Any]) -> Iterator[str]:
@@ -155,12 +209,11 @@ def _measurement_differences(path: Path, outcome: dict[str, Any]) -> Iterator[st
     yield from _unequal(f"{path}: measurements", values, expected, "the other columns give")
 
 
-def _gate_differences(path: Path, outcome: dict[str, Any]) -> Iterator[str]:
+def _gate_differences(path: Path, outcome: dict[str, Any], records: list[StepRecord]) -> Iterator[str]:
     from tunemap.gates import GateResult, tripped
     from tunemap.gates.measurement import throughput_gate
     from tunemap.gates.model import trainable_parameters_gate
     from tunemap.gates.training import finite_loss_gate, gradient_norm_gate
-    from tunemap.training.steps import read_records
 
     recorded = {gate["gate"]: GateResult(**gate) for gate in outcome["gates"]}
     trips = tripped(recorded.values())
@@ -168,7 +221,7 @@ def _gate_differences(path: Path, outcome: dict[str, Any]) -> Iterator[str]:
         yield f"{path}: outcome is ok, and fatal gates tripped: {', '.join(gate.gate for gate in trips)}"
     if outcome["outcome"] == "invalid" and not trips:
         yield f"{path}: outcome is invalid, and no fatal gate tripped"
-    values, records = outcome["measurements"], read_records(path.parent / "steps.csv")
+    values = outcome["measurements"]
     first_rank = [record for record in records if record.rank == 0]
     again = [
         throughput_gate(values),
@@ -190,28 +243,29 @@ def _gate_differences(path: Path, outcome: dict[str, Any]) -> Iterator[str]:
 # --- evaluations ------------------------------------------------------------------------------------------
 
 
-def _evaluation_differences(folder: Path, planned: dict[str, Any]) -> Iterator[str]:
-    path = folder / "evaluation.json"
-    try:
-        evaluation = read_json(path)
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        predictions = [json.loads(line) for line in lines]
-    except (UserError, OSError, ValueError) as error:
-        yield f"{folder}: {error}"
-        return
+def _evaluation_differences(path: Path, planned: dict[str, Any]) -> Iterator[str]:
+    evaluation, answers = read_object(path), path.with_name("predictions.jsonl")
     for name, key in (("digest", "evaluation_digest"), ("training_digest", "digest")):
         if evaluation[name] != planned[key]:
             yield f"{path}: {name} is {evaluation[name]}, the plan's is {planned[key]}"
+    with naming(answers):
+        predictions = _predictions(answers)
     if evaluation["outcome"] != "ok":
         return
+    task, kind = evaluation["task"], evaluation["task_kind"]
     for prediction in predictions:
-        yield from _unequal(
-            f"{folder / 'predictions.jsonl'}: {prediction['id']}",
-            prediction,
-            _scored(evaluation["task"], evaluation["task_kind"], prediction),
-            "its output gives",
-        )
+        with naming(answers):
+            again = _scored(task, kind, prediction)
+        yield from _unequal(f"{answers}: {prediction['id']}", prediction, again, "its output gives")
     yield from _unequal(str(path), evaluation, _accuracy(evaluation, predictions), "predictions.jsonl gives")
+
+
+def _predictions(path: Path) -> list[dict[str, Any]]:
+    predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for number, prediction in enumerate(predictions, 1):
+        if not isinstance(prediction, dict) or not prediction.keys() >= PREDICTION_KEYS:
+            raise ValueError(f"line {number} is no prediction")
+    return predictions
 
 
 def _scored(task: str, task_kind: str, prediction: dict[str, Any]) -> dict[str, Any]:
@@ -246,36 +300,54 @@ def _accuracy(evaluation: dict[str, Any], predictions: list[dict[str, Any]]) -> 
 def _measurement_table_differences(results_dir: Path, plan: dict[str, Any]) -> Iterator[str]:
     """Measurements that follow from nothing (memory, energy) are at least what the table of runs says of them."""
     path = results_dir / "tables" / "runs.csv"
-    if not path.is_file():
-        return
+    if path.is_file():
+        yield from _checked(path, _row_differences(path, results_dir / "runs", plan))
+
+
+def _row_differences(path: Path, runs_dir: Path, plan: dict[str, Any]) -> Iterator[str]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            outcome = results_dir / "runs" / row["run"] / "outcome.json"
+            outcome = runs_dir / row["run"] / "outcome.json"
             if row["run"] not in plan["runs"] or not outcome.is_file():
                 continue
-            for name, value in read_json(outcome).get("measurements", {}).items():
+            for name, value in _measurements(outcome).items():
                 text = row.get(name)
                 is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if is_number and text and not _same(value, float(text)):
                     yield f"{outcome}: measurements: {name} is {value!r}, {path} says {text}"
 
 
+def _measurements(path: Path) -> dict[str, Any]:
+    """Those of a result; none where it is damaged, which the check of its run says."""
+    try:
+        found = read_object(path).get("measurements")
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _table_differences(results_dir: Path, plan: dict[str, Any]) -> Iterator[str]:
     from tunemap.collect import calibration_of, collect, table_texts
+    from tunemap.planner.calibration import CALIBRATION
 
     try:
         collected = collect(results_dir / PLAN, results_dir)
         calibration = calibration_of(plan, results_dir, collected)
-    except UserError as error:
-        yield f"tables cannot be derived: {error}"
+        texts = table_texts(collected)
+    except (UserError, *DAMAGE) as error:
+        yield f"tables cannot be derived: {error if isinstance(error, UserError) else repr(error)}"
         return
-    yield from _calibration_differences(results_dir, plan["study"], calibration)
-    for name, text in table_texts(collected).items():
+    yield from _checked(results_dir / CALIBRATION, _calibration_differences(results_dir, plan["study"], calibration))
+    for name, text in texts.items():
         path = results_dir / "tables" / name
-        if not path.exists():
-            yield f"{path}: no such file"
-        elif (found := path.read_text(encoding="utf-8")) != text:
-            yield f"{path}: {_first_difference(found, text)}"
+        yield from _checked(path, _text_differences(path, text))
+
+
+def _text_differences(path: Path, text: str) -> Iterator[str]:
+    if not path.exists():
+        yield f"{path}: no such file"
+    elif (found := path.read_text(encoding="utf-8")) != text:
+        yield f"{path}: {_first_difference(found, text)}"
 
 
 def _calibration_differences(results_dir: Path, study: str, rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -293,14 +365,14 @@ def _calibration_differences(results_dir: Path, study: str, rows: list[dict[str,
 
 def _figure_differences(results_dir: Path) -> Iterator[str]:
     """Captions and alternative texts of the figures, which say their numbers; the drawing itself is matplotlib's."""
-    path = results_dir / "figures" / "figures.json"
+    path = results_dir / FIGURES
     if not path.is_file():
         return
     from tunemap.report.figures import describe  # matplotlib takes a second
 
     try:
         due = {drawing["name"]: drawing for drawing in describe(results_dir)}
-    except (UserError, KeyError, ValueError) as error:
+    except (UserError, *DAMAGE) as error:  # by damaged tables or facts
         yield f"{path}: figures cannot be derived: {error}"
         return
     found = {drawing["name"]: drawing for drawing in read_json(path)}

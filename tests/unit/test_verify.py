@@ -25,6 +25,7 @@ from tunemap.training.steps import StepRecord, summarise_steps, to_csv
 from tunemap.verify import add_verify_arguments, run_verify, verify
 
 PARTS = ("load", "compile", "estimation", "train", "checkpoint", "save", "other")
+ONE_KIND = {"throughput": figures.KINDS["throughput"]}
 
 
 def make_run(name: str, method: Any) -> Run:
@@ -122,8 +123,9 @@ def write_evaluation(folder: Path, run: Run, correct: int) -> None:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
-    """results/STUDY with a base row, a full and a LoRA run, and the tables that follow from them."""
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """results/STUDY with a base row, a full and a LoRA run, and the tables that follow from them; it has no figures."""
+    monkeypatch.setattr(figures, "KINDS", {})
     results = tmp_path / "results" / "small"
     methods = {"base": BaseMethod(kind="base"), "full": FullMethod(kind="full"), "lora": LoraMethod(kind="lora")}
     runs = {name: make_run(name, method) for name, method in methods.items()}
@@ -147,6 +149,9 @@ def study(tmp_path: Path) -> Path:
         write_run(results / "runs" / name, run, slow=0.01 * (1 + index))
         write_evaluation(results / "evaluations" / name, run, correct=5 + index)
     write_tables(results / "plan.json", results)
+    write(results / "figures" / "figures.json", [])
+    (results / "report.html").write_text("<html></html>")
+    (results / "study.sqlite").write_text("a database")
     return results
 
 
@@ -160,7 +165,8 @@ def test_a_sound_study_has_no_difference(study: Path, capsys: pytest.CaptureFixt
     parser = argparse.ArgumentParser()
     add_verify_arguments(parser)
     assert run_verify(parser.parse_args([str(study)])) == 0
-    assert "3 runs: digests, summaries, gates, tables and figures all follow" in capsys.readouterr().out
+    assert "3 runs: digests, summaries, gates, tables and captions all follow" in (said := capsys.readouterr().out)
+    assert "only an artifact's SHA256SUMS shows changes in them" in said
 
 
 def test_a_changed_step_is_found_by_checksum_and_by_its_summary(study: Path) -> None:
@@ -283,6 +289,83 @@ def test_a_missing_file_is_named(study: Path, gone: str) -> None:
     only(verify(study), gone.rpartition("/")[2])
 
 
+NO_TEXT = b"\xff\xfe"  # in UTF-8
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *[("runs/lora/outcome.json", content) for content in (b"{}", b"[]", b"null", b'{"outc', NO_TEXT)],
+        *[("evaluations/lora/evaluation.json", content) for content in (b"{}", b"[]", b"null")],
+        *[("evaluations/lora/predictions.jsonl", content) for content in (b"{}", b"null", NO_TEXT)],
+        *[("runs/lora/steps.csv", content) for content in (b"", b"a,b\n1,2\n", NO_TEXT)],
+        *[(f"tables/{name}", NO_TEXT) for name in ("runs.csv", "points.csv", "points.tex")],
+        *[(name, NO_TEXT) for name in ("calibration.csv", "figures/figures.json")],
+        ("figures/figures.json", b"[1]"),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_others_are_still_looked_at(
+    study: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study / name).write_bytes(content)
+    other = study / "evaluations" / "full" / "evaluation.json"
+    edit(other, accuracy=0.1)
+    assert run_verify(argparse.Namespace(results=study)) == 1
+    differences = capsys.readouterr().out.splitlines()
+    only(differences, str(study / name))
+    only(differences, f"{other}: accuracy is 0.1")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("runs/lora/outcome.json", ('"measurements"', '"other"'), "damaged (no 'measurements')"),
+        ("runs/lora/steps.csv", ("learning_rate", "rate"), "damaged (no 'learning_rate')"),
+        ("evaluations/lora/evaluation.json", ('"task_kind"', '"kind"'), "damaged (no 'task_kind')"),
+        ("evaluations/lora/predictions.jsonl", ('"reference"', '"due"'), "damaged (line 1 is no prediction)"),
+    ],
+)
+def test_what_a_damaged_file_lacks_is_said(study: Path, name: str, change: tuple[str, str], said: str) -> None:
+    (study / name).write_text((study / name).read_text().replace(*change))
+    only(verify(study), f"{study / name}: {said}")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"runs": {"lora": {}}}', '{"runs": []}'])
+def test_a_damaged_plan_is_refused(study: Path, content: str) -> None:
+    (study / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=r"plan\.json: damaged"):
+        verify(study)
+
+
+def test_a_plan_whose_runs_lack_a_factor_is_refused(study: Path) -> None:
+    plan = json.loads((study / "plan.json").read_text())
+    del plan["runs"]["lora"]["method"]
+    write(study / "plan.json", plan)
+    with pytest.raises(UserError, match=r"plan\.json: damaged \(no 'method'\)"):
+        verify(study)
+
+
+@pytest.mark.parametrize("name", ["figures/figures.json", "report.html", "study.sqlite"])
+def test_what_a_finished_study_has_is_missed(study: Path, name: str) -> None:
+    (study / name).write_text("")
+    only(verify(study), name, "damaged")
+    (study / name).unlink()
+    assert verify(study) == [f"{study / name}: no such file"]
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "facts/lora/phases.csv"), KeyError("phase"), TypeError("no number")]
+)
+def test_facts_from_which_no_figure_can_be_drawn_are_a_difference(
+    study: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def describe(results_dir: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(figures, "describe", describe)
+    only(verify(study), "figures.json: figures cannot be derived", str(error))
+
+
 def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no plan.json; give the folder of a study"):
         verify(tmp_path)
@@ -308,7 +391,7 @@ def test_a_changed_caption_is_found(study: Path, one_figure: None) -> None:
 @pytest.fixture
 def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing all of them takes seconds, and one of them shows whether its caption is compared."""
-    monkeypatch.setattr(figures, "KINDS", {"throughput": figures.KINDS["throughput"]})
+    monkeypatch.setattr(figures, "KINDS", ONE_KIND)
 
 
 @pytest.fixture
@@ -337,8 +420,17 @@ def unpacked(study: Path, repository: Path, tmp_path: Path, one_figure: None) ->
     return tmp_path / "empty" / "small-artifact"
 
 
-def test_an_unpacked_artifact_verifies(unpacked: Path) -> None:
-    assert verify(unpacked / "results" / "small") == []
+def test_an_unpacked_artifact_verifies(unpacked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verify(argparse.Namespace(results=unpacked / "results" / "small")) == 0
+    assert capsys.readouterr().out.endswith("every file has its checksum in SHA256SUMS\n")
+
+
+@pytest.mark.parametrize("name", ["report.html", "study.sqlite", "figures/e-throughput.svg"])
+def test_what_is_not_derived_again_is_compared_by_checksum(unpacked: Path, name: str) -> None:
+    path = unpacked / "results" / "small" / name
+    path.write_bytes(path.read_bytes() + b" ")
+    assert len(verify(unpacked / "results" / "small")) == 1
+    only(verify(unpacked / "results" / "small"), name, "SHA256SUMS")
 
 
 def test_an_artifact_has_what_a_reviewer_needs_and_no_more(unpacked: Path) -> None:

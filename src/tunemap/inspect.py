@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunemap.errors import UserError, nearest
-from tunemap.files import read_json
+from tunemap.files import naming, read_json, read_object, read_sealed
 from tunemap.paths import expanded
 from tunemap.planner.plan import predictions
 from tunemap.planner.prediction import Prediction
@@ -205,7 +205,10 @@ def add_retry_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_retry(arguments: argparse.Namespace) -> int:
-    """Remove the results of failed runs: a failure is a result, and is repeated only when somebody says so."""
+    """Remove the results of failed runs: a failure is a result, and is repeated only when somebody says so.
+
+    A damaged result is an error, as it is in the tables.
+    """
     plan, wanted = plan_of(arguments), arguments.outcome or ["error"]
     folder = arguments.results / plan.study.study
     forgotten = []
@@ -230,17 +233,23 @@ def run_retry(arguments: argparse.Namespace) -> int:
 
 
 def _resumed(manifest: Path) -> str:
-    return f", from step {read_json(manifest)['step']} on" if manifest.exists() else ""
+    """From where the repetition goes on; a damaged checkpoint is of no use to it."""
+    try:
+        with naming(manifest):
+            return f", from step {int(read_object(manifest)['step'])} on"
+    except UserError:
+        return ""
 
 
 def _outcome(path: Path) -> str | None:
-    """How a training or an evaluation ended; None where it has not."""
+    """How a training or an evaluation ended; None where it has not, `error` where its file is damaged."""
     if not path.exists():
         return None
-    result = read_json(path)
-    if not isinstance(result, dict) or "outcome" not in result:
-        raise UserError(f"{path}: has no key 'outcome'; delete the file and run the workflow again")
-    return str(result["outcome"])
+    try:
+        with naming(path):
+            return str(read_sealed(path)["outcome"])
+    except UserError:
+        return "error"
 
 
 def add_gc_arguments(parser: argparse.ArgumentParser) -> None:

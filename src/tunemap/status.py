@@ -1,6 +1,7 @@
 """How far a study is: what waits, what trains and how fast, what has ended, and why something failed.
 
 Reads what runs leave in their folders, and asks Slurm once for its queue; works without one, and on results alone.
+A file that cannot be read makes its run `damaged`; the others are shown as ever.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from tunemap.errors import UserError
-from tunemap.files import read_json
+from tunemap.files import naming, read_object, read_sealed
 from tunemap.slurm import QueuedJob, queue
 from tunemap.study_file import load_plan
 from tunemap.training.heartbeat import read_beats
@@ -26,7 +27,7 @@ DEFAULT_STUDY = Path("config/config.yaml")
 RESULTS = Path("results")
 LAST_LINES = 5  # of the log of a run that failed
 TAIL_BYTES = 20_000
-STATES = ("running", "queued", "stopped", "failed", "finished", "not started")
+STATES = ("running", "queued", "stopped", "failed", "damaged", "finished", "not started")
 NO_LAUNCHER = "the launcher was killed"  # begins the reason of the outcome that stands in until the run has ended
 
 
@@ -64,7 +65,7 @@ def run_status(arguments: argparse.Namespace) -> int:
 
     folder, runs = _runs_of(arguments.study, arguments.results)
     jobs = queue()
-    statuses = [status_of(run, folder, jobs) for run in runs]
+    statuses = [_status_or_damage(run, folder, jobs) for run in runs]
     console = _console()
     shown = [one for one in statuses if arguments.all or one.state not in ("finished", "not started")]
     if shown:
@@ -92,24 +93,39 @@ def _runs_of(given: Path, results: Path) -> tuple[Path, list[str]]:
         plan = load_plan(given)
         return results / plan.study.study, list(plan.runs)
     if (given / "plan.json").exists():
-        return given, list(read_json(given / "plan.json")["runs"])
+        planned = read_object(given / "plan.json")
+        with naming(given / "plan.json"):
+            return given, list(planned["runs"].keys())
     found = {path.name for kind in ("runs", "unfinished") for path in (given / kind).glob("*") if path.is_dir()}
     if not found:
         raise UserError(f"{given}: neither a study file nor a folder with results of a study (results/STUDY)")
     return given, sorted(found)
 
 
+def _status_or_damage(run: str, folder: Path, jobs: list[QueuedJob] | None) -> RunStatus:
+    """Where a run is, or which of its files nobody can read."""
+    try:
+        with naming(folder / "unfinished" / run):
+            return status_of(run, folder, jobs)
+    except UserError as error:
+        return RunStatus(run, "damaged", reason=str(error))
+
+
 def status_of(run: str, folder: Path, jobs: list[QueuedJob] | None) -> RunStatus:
-    """Where a run is; `folder` holds the study's results, `jobs` what Slurm's queue holds (None: nobody knows)."""
-    work, outcome = folder / "unfinished" / run, _outcome(folder / "runs" / run / "outcome.json")
+    """Where a run is; `folder` holds the study's results, `jobs` what Slurm's queue holds (None: nobody knows).
+
+    Raises UserError that names a damaged file.
+    """
+    work = folder / "unfinished" / run
     lease = read_lease(work)
     if lease is not None and is_held(lease, lambda: jobs):
         return _running(run, work, lease)
+    outcome = _outcome(folder / "runs" / run / "outcome.json")
     if outcome is not None and outcome["outcome"] == "ok":
         return RunStatus(run, "finished")
     if outcome is not None:
         step = outcome.get("step")
-        why = f"{outcome['outcome']}: {outcome['reason']}"
+        why = f"{outcome['outcome']}: {outcome.get('reason') or 'no reason given'}"
         return RunStatus(run, "failed", step=step, reason=why, log=_last_lines(folder, run))
     mine = [job for job in jobs or [] if job.comment == f"rule_train_wildcards_{folder.name}_{run}"]
     if mine:
@@ -118,7 +134,8 @@ def status_of(run: str, folder: Path, jobs: list[QueuedJob] | None) -> RunStatus
         return RunStatus(run, state, where=f"job {job.id}", reason=job.reason if job.is_waiting else "starting")
     manifest = work / "checkpoint" / "manifest.json"
     if manifest.exists():
-        step = int(read_json(manifest)["step"])
+        with naming(manifest):
+            step = int(read_object(manifest)["step"])
         why = f"the next start resumes after step {step}"
         return RunStatus(run, "stopped", step=step, steps=_progress(work).get("steps"), reason=why)
     if lease is not None:
@@ -159,8 +176,8 @@ def _outcome(path: Path) -> dict[str, Any] | None:
     """How a run ended; None if it has not: while it trains, a file says what is true if nobody writes another."""
     if not path.exists():
         return None
-    outcome = read_json(path)
-    if not isinstance(outcome, dict) or "outcome" not in outcome:
+    outcome = read_sealed(path)
+    if "outcome" not in outcome:
         raise UserError(f"{path}: has no key 'outcome'; delete the file and run the workflow again")
     return None if str(outcome.get("reason") or "").startswith(NO_LAUNCHER) else outcome
 

@@ -239,13 +239,31 @@ def test_retry_where_nothing_has_run(study, tmp_path, capsys):
     assert output(capsys, "retry", study, "--results", tmp_path / "none").startswith("0 of 4 runs")
 
 
-def test_retry_names_a_broken_outcome(study, results, capsys):
-    path = results / "small" / "runs" / LORA / "outcome.json"
-    path.write_text("{}")
-    assert error(capsys, "retry", study, "--results", results).startswith(f"{path}: has no key 'outcome'")
-    path.write_text('{"outc')
-    assert error(capsys, "retry", study, "--results", results).startswith(f"{path}: not valid JSON")
-    assert left(results) >= {BASE, FULL, LORA}
+DAMAGE = ["{}", "[]", "null", '{"outc', '{"outcome": "ok", "seal": "of other contents"}']
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_outcome_is_repeated_and_does_not_stop_retry(study, results, capsys, content):
+    (results / "small" / "runs" / FULL / "outcome.json").write_text(content)
+    text = output(capsys, "retry", study, "--results", results)
+    assert f"will be repeated: {FULL}\nwill be repeated: {LORA}\n" in text
+    assert left(results) == {BASE, LORA_16}
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_evaluation_is_repeated_and_does_not_stop_retry(study, results, capsys, content):
+    (results / "small" / "evaluations" / FULL / "evaluation.json").write_text(content)
+    text = output(capsys, "retry", study, "--results", results)
+    assert f"will be repeated: {FULL} (evaluation)\nwill be repeated: {LORA}\n" in text
+    assert left(results, "evaluations") == {LORA_16}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"step": null}', '{"st'])
+def test_a_damaged_checkpoint_does_not_stop_retry(study, results, capsys, content):
+    manifest = results / "small" / "unfinished" / LORA / "checkpoint" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(content)
+    assert f"will be repeated: {LORA}\n" in output(capsys, "retry", study, "--results", results)
 
 
 def test_gc_lists_and_removes_what_no_run_uses(study, results, tmp_path, capsys):

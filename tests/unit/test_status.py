@@ -101,6 +101,61 @@ def test_the_command_asks_slurm_once_and_works_on_a_folder(folder, monkeypatch, 
     assert len(asked) == 1
 
 
+DAMAGED_OUTCOMES = ["{}", "[]", "null", '{"outc', "\udcff", '{"outcome": "ok", "seal": "of other contents"}']
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *[("runs/r/outcome.json", content) for content in DAMAGED_OUTCOMES],
+        *[
+            ("unfinished/r/checkpoint/manifest.json", content)
+            for content in ("{}", "[]", "null", '{"step": null}', '{"st')
+        ],
+    ],
+)
+def test_a_damaged_file_is_named_and_the_other_runs_are_shown(folder, capsys, monkeypatch, name, content):
+    monkeypatch.setattr(status, "queue", list)
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(content, errors="surrogateescape")
+    (folder / "unfinished" / "second").mkdir()
+    assert main(["status", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "s: 2 runs: 1 damaged, 1 not started" in said
+    assert f"{folder / name}: " in said
+
+
+def test_a_run_that_trains_is_running_whatever_its_outcome_holds(folder):
+    _lease(folder)
+    path = folder / "runs" / "r" / "outcome.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"outc')  # of an earlier try
+    assert status.status_of("r", folder, []).state == "running"
+
+
+def test_a_run_whose_records_are_damaged_is_shown_with_its_folder(folder):
+    _lease(folder)
+    (folder / "unfinished" / "r" / "heartbeat.rank0").write_text("what forward")
+    found = status._status_or_damage("r", folder, [])
+    assert found.state == "damaged"
+    assert found.reason.startswith(f"{folder / 'unfinished' / 'r'}: damaged")
+
+
+def test_a_failure_without_a_reason_is_a_failure(folder):
+    path = folder / "runs" / "r" / "outcome.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"outcome": "oom"}))
+    found = status.status_of("r", folder, [])
+    assert (found.state, found.reason) == ("failed", "oom: no reason given")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"runs": null}', '{"ru'])
+def test_a_damaged_plan_is_explained(folder, capsys, content):
+    (folder / "plan.json").write_text(content)
+    assert main(["status", str(folder)]) == 1
+    assert f"error: {folder / 'plan.json'}: " in capsys.readouterr().err
+
+
 def test_a_folder_without_results_is_explained(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 1
     assert "neither a study file nor a folder with results" in capsys.readouterr().err

@@ -37,10 +37,10 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=PIPE_COLUMNS, **plain)
 
 
-def study_argument(parser: argparse.ArgumentParser, *, option: bool) -> None:
+def study_argument(parser: argparse.ArgumentParser, *, option: bool, what: str = "study file") -> None:
     """The arguments that name a study, as --study or by place."""
     name = "--study" if option else "study"
-    meaning = f"study file (default: {DEFAULT_STUDY})"
+    meaning = f"{what} (default: {DEFAULT_STUDY})"
     if option:
         parser.add_argument(name, type=Path, default=DEFAULT_STUDY, help=meaning)
     else:

@@ -18,13 +18,11 @@ from rich.table import Table
 
 from tunemap.errors import UserError
 from tunemap.files import naming, read_object, read_sealed
+from tunemap.inspect import RESULTS, _console, plan_of, study_argument
 from tunemap.slurm import QueuedJob, queue
-from tunemap.study_file import load_plan
 from tunemap.training.heartbeat import read_beats
 from tunemap.training.lease import Lease, is_held, read_lease
 
-DEFAULT_STUDY = Path("config/config.yaml")
-RESULTS = Path("results")
 LAST_LINES = 5  # of the log of a run that failed
 TAIL_BYTES = 20_000
 STATES = ("running", "queued", "stopped", "failed", "damaged", "finished", "not started")
@@ -48,22 +46,14 @@ class RunStatus:
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunemap status`."""
-    parser.add_argument(
-        "study",
-        type=Path,
-        nargs="?",
-        default=DEFAULT_STUDY,
-        help=f"study file, or the folder of a study's results (default: {DEFAULT_STUDY})",
-    )
+    study_argument(parser, option=False, what="study file, or the folder of a study's results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
     parser.add_argument("--all", action="store_true", help="list finished runs and those that wait one by one, too")
 
 
 def run_status(arguments: argparse.Namespace) -> int:
     """Print the state of every run of a study."""
-    from tunemap.inspect import _console
-
-    folder, runs = _runs_of(arguments.study, arguments.results)
+    folder, runs = _runs_of(arguments)
     jobs = queue()
     statuses = [_status_or_damage(run, folder, jobs) for run in runs]
     console = _console()
@@ -87,11 +77,14 @@ def run_status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _runs_of(given: Path, results: Path) -> tuple[Path, list[str]]:
+def _runs_of(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     """The folder of a study's results, and the ids of its runs."""
+    given: Path = arguments.study
     if not given.is_dir():
-        plan = load_plan(given)
-        return results / plan.study.study, list(plan.runs)
+        plan = plan_of(arguments)
+        return arguments.results / plan.study.study, list(plan.runs)
+    if arguments.scale is not None or arguments.data_root is not None:
+        raise UserError(f"{given}: --scale and --data-root are for study files; a folder holds the results of one size")
     if (given / "plan.json").exists():
         planned = read_object(given / "plan.json")
         with naming(given / "plan.json"):

@@ -166,3 +166,31 @@ def test_the_runs_of_a_study_file_are_listed_before_anything_ran(repository, tmp
     file = repository / "config" / "config.yaml"
     assert main(["status", str(file), "--results", str(tmp_path), "--all"]) == 0
     assert "not started" in capsys.readouterr().out
+
+
+STUDY = """\
+study: small
+data_root: $NO_SUCH_VARIABLE
+models: {tiny: {source: tiny}}
+datasets: {sums: {task: arithmetic, source: made}}
+methods: {full: {kind: full}}
+defaults: {model: tiny, dataset: sums, method: full}
+experiments: [{name: e, question: "?", vary: {learning_rate: [0.1, 0.2]}}]
+scales: {short: {experiments: {e: {vary: {learning_rate: [0.1]}}}}}
+"""
+
+
+def test_the_runs_of_a_scale_are_counted_with_the_data_root_that_is_given(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(status, "queue", list)
+    (tmp_path / "study.yaml").write_text(STUDY)
+    options = ["--results", str(tmp_path), "--data-root", str(tmp_path)]
+    assert main(["status", str(tmp_path / "study.yaml"), *options]) == 0
+    assert "small: 3 runs: 3 not started" in capsys.readouterr().out
+    assert main(["status", str(tmp_path / "study.yaml"), *options, "--scale", "short"]) == 0
+    assert "small-short: 2 runs: 2 not started" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--scale", "--data-root"])
+def test_a_folder_of_results_has_no_other_size(folder, capsys, option):
+    assert main(["status", str(folder), option, "x"]) == 1
+    assert "a folder holds the results of one size" in capsys.readouterr().err

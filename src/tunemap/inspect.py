@@ -27,6 +27,7 @@ from tunemap.training import finished
 DEFAULT_STUDY = Path("config/config.yaml")
 RESULTS = Path("results")
 PIPE_COLUMNS = 2000  # a table is as wide as its contents; folding would cut ids in two
+RESULTS_OF_RUNS = ("runs", "evaluations", "unfinished", "captures", "facts", "rooflines")  # each with a folder per run
 RETRIED = ("error", "timeout", "oom", "invalid", "unsupported")
 
 
@@ -260,18 +261,26 @@ def add_gc_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_gc(arguments: argparse.Namespace) -> int:
-    """List or remove folders of runs that the study does not plan any more."""
+    """List or remove results of runs that the study does not plan any more."""
     plan = plan_of(arguments)
-    folder = arguments.results / plan.study.study
-    stale = [
+    stale = _stale(arguments.results / plan.study.study, plan)
+    for path in stale:
+        print(path)
+        if arguments.remove and path.is_dir():
+            shutil.rmtree(path)
+        elif arguments.remove:
+            path.unlink()
+    print(f"{len(stale)} results {'removed' if arguments.remove else 'belong to no run of the study'}")
+    return 0
+
+
+def _stale(folder: Path, plan: Plan) -> list[Path]:
+    """Folders and files that are named by a run which the plan has not."""
+    folders = [
         path
-        for kind in ("runs", "evaluations", "unfinished")
+        for kind in RESULTS_OF_RUNS
         for path in sorted((folder / kind).glob("*"))
         if path.is_dir() and not path.is_symlink() and path.name not in plan.runs
     ]
-    for path in stale:
-        print(path)
-        if arguments.remove:
-            shutil.rmtree(path)
-    print(f"{len(stale)} folders {'removed' if arguments.remove else 'belong to no run of the study'}")
-    return 0
+    inferences = sorted((folder / "inference").glob("*.json"))
+    return folders + [path for path in inferences if not path.is_symlink() and path.stem not in plan.runs]

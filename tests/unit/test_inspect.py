@@ -268,19 +268,24 @@ def test_a_damaged_checkpoint_does_not_stop_retry(study, results, capsys, conten
 
 def test_gc_lists_and_removes_what_no_run_uses(study, results, tmp_path, capsys):
     folder = results / "small"
-    for kind in ("runs", "evaluations", "unfinished"):
+    for kind in ("runs", "evaluations", "unfinished", "captures", "facts", "rooflines"):
         (folder / kind / "tiny.sums.lora.rank-99.seed-0").mkdir(parents=True)
+    for name in (FULL, "tiny.sums.lora.rank-99.seed-0"):
+        (folder / "captures" / name).mkdir(exist_ok=True, parents=True)
+        write_json(folder / "inference" / f"{name}.json", {})
     (folder / "runs" / "notes.txt").write_text("mine")
     (tmp_path / "precious").mkdir()
     (folder / "runs" / "link").symlink_to(tmp_path / "precious")
     text = output(capsys, "gc", study, "--results", results)
-    assert text.count("rank-99") == 3
-    assert text.splitlines()[-1] == "3 folders belong to no run of the study"
+    assert text.count("rank-99") == 7
+    assert text.splitlines()[-1] == "7 results belong to no run of the study"
     assert "tiny.sums.lora.rank-99.seed-0" in left(results)
-    assert output(capsys, "gc", study, "--results", results, "--remove").splitlines()[-1] == "3 folders removed"
+    assert output(capsys, "gc", study, "--results", results, "--remove").splitlines()[-1] == "7 results removed"
     assert left(results) == {BASE, FULL, LORA, LORA_16, "notes.txt", "link"}
-    assert left(results, "unfinished") == set()
-    assert output(capsys, "gc", study, "--results", results) == "0 folders belong to no run of the study\n"
+    assert left(results, "unfinished") == left(results, "facts") == left(results, "rooflines") == set()
+    assert left(results, "captures") == {FULL}
+    assert left(results, "inference") == {f"{FULL}.json"}
+    assert output(capsys, "gc", study, "--results", results) == "0 results belong to no run of the study\n"
 
 
 def test_gc_leaves_other_studies_alone(study, results, capsys):

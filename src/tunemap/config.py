@@ -436,8 +436,11 @@ def given(section: BaseModel) -> dict[str, Any]:
     return {names[field]: getattr(section, field) for field in names if field in section.model_fields_set}
 
 
+SEED = "seed"  # the one factor that no section sets: the `seeds` of an experiment do
 _FACTOR_TYPES: dict[str, tuple[Any, str | None]] = {
-    name: (_annotated(field), field.description) for name, field in Factors.model_fields.items()
+    name: (_annotated(field), field.description)
+    for name, field in Factors.model_fields.items()
+    if name != SEED  # an experiment's `seeds` would overwrite it in every run
 }
 if TYPE_CHECKING:  # the classes are built from the factors, which a type checker cannot follow
 
@@ -465,13 +468,14 @@ METHOD_PARAMETERS = tuple(_PARAMETER_TYPES)  # `method.rank` and its kind: an ex
 _CHOICE_TYPES: dict[str, tuple[Any, str | None]] = {
     choice: (str, f"Name of a {choice} of this study.") for choice in CHOICES
 }
-_SHARED_TYPES = _CHOICE_TYPES | {name: kind for name, kind in _FACTOR_TYPES.items() if name != "seed"}
+_SHARED_TYPES = _CHOICE_TYPES | _FACTOR_TYPES
 _POINT_TYPES = _SHARED_TYPES | _PARAMETER_TYPES
 if not TYPE_CHECKING:
     Defaults = _partial("Defaults", "Factors of all runs unless set elsewhere.", _SHARED_TYPES, lists=False)
     Fixed = _partial("Fixed", "Factors that are the same in all runs of an experiment.", _POINT_TYPES, lists=False)
     Vary = _partial("Vary", "Factors to vary: the runs are all combinations.", _POINT_TYPES, lists=True)
-POINT_KEYS = (*_POINT_TYPES, "seed")  # what `exclude` and `only` may name
+FACTOR_SECTIONS: tuple[type[Section], ...] = (PartialFactors, Defaults, Fixed, Vary)
+POINT_KEYS = (*_POINT_TYPES, SEED)  # what `exclude` and `only` may name
 Match = dict[str, Any]
 
 

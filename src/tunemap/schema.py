@@ -9,6 +9,7 @@ from typing import Any
 
 from tunemap.config import (
     METHOD_CLASSES,
+    SEED,
     DatasetConfig,
     Experiment,
     Factors,
@@ -74,11 +75,12 @@ def reference_text() -> str:
     ]
     parts = [INTRODUCTION]
     for title, model in sections:
-        parts.append(f"\n## {title}\n\n{(model.__doc__ or '').strip()}\n\n{_table(model)}")
+        without = SEED if model is Factors else None  # a run has it, no section sets it
+        parts.append(f"\n## {title}\n\n{(model.__doc__ or '').strip()}\n\n{_table(model, without)}")
     parts.append(
         "\nIn `fixed` and `vary`, `model`, `dataset` and `method` choose entries by name, and `method.rank` and its\n"
-        "kind set a parameter of the method; methods without that parameter ignore it. Runs that come out the same,\n"
-        "in one experiment or in several, are run once.\n"
+        "kind set a parameter of the method; methods without that parameter ignore it. Seeds are set by `seeds` of an\n"
+        "experiment alone. Runs that come out the same, in one experiment or in several, are run once.\n"
     )
     return "".join(parts)
 
@@ -87,10 +89,12 @@ def _literal(model: type[Any], field: str) -> str:
     return str(model.model_fields[field].annotation.__args__[0])
 
 
-def _table(model: type[Any]) -> str:
+def _table(model: type[Any], without: str | None = None) -> str:
     properties = model.model_json_schema(by_alias=True)["properties"]
     rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
+        if name == without:
+            continue
         key = field.alias or name
         default = "required" if field.is_required() else _default(field)
         meaning = (field.description or "").replace("|", "\\|")

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
-from tunemap.config import Study
+from tunemap.config import FACTOR_SECTIONS, SEED, Study
 from tunemap.data.locate import source_files
 from tunemap.errors import UserError, nearest, unknown_key
 from tunemap.hardware import load_hardware
@@ -296,6 +296,10 @@ def _message(detail: ErrorDetails, file: YamlFile) -> str:
     value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         section = _section_at(detail["loc"][:-1])
+        if location[-1] == SEED and section in FACTOR_SECTIONS:
+            wanted = _shown(value if isinstance(value, list) else [value])
+            inside = _place(location[:-1], _line(location, file.lines))
+            return f"{inside}unknown key '{SEED}': seeds are given to an experiment, as seeds: {wanted}"
         known = [info.alias or name for name, info in section.model_fields.items()] if section else []
         return _place(location[:-1], _line(location, file.lines)) + unknown_key(str(location[-1]), known)
     place = _place(location, _line(location, file.lines))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from tunemap import config
 from tunemap.config import (
     EVALUATION_FACTORS,
+    FACTOR_SECTIONS,
     METHOD_CLASSES,
     METHOD_PARAMETERS,
     POINT_KEYS,
@@ -97,7 +98,7 @@ def test_method_parameters_keep_their_dotted_names():
 
 
 def test_the_seed_is_set_by_seeds_alone():
-    for section in (Defaults, Fixed, Vary):
+    for section in FACTOR_SECTIONS:
         with pytest.raises(ValidationError):
             section.model_validate({"seed": [1] if section is Vary else 1})
 

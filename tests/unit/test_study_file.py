@@ -69,6 +69,20 @@ def test_the_study_of_these_tests_is_right(tmp_path):
 # --- the file itself --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("{kind: full}", "{kind: full, factors: {seed: 7}}", "line 7, methods.full.factors"),
+        ("max_steps: 20", "max_steps: 20, seed: 7", "line 10, defaults"),
+        ("[full, lora]}", "[full, lora], seed: [7]}", "line 14, experiments[0].vary"),
+    ],
+)
+def test_a_seed_outside_of_seeds_is_refused_with_where_it_belongs(tmp_path, old, new, place):
+    assert problems(tmp_path, changed(old, new)) == [
+        f"{place}: unknown key 'seed': seeds are given to an experiment, as seeds: [7]"
+    ]
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such study file"):
         load_plan(tmp_path / "nowhere.yaml")

@@ -16,7 +16,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-FlawId = Annotated[str, Field(pattern=r"^F(0[1-9]|[1-3][0-9]|4[0-4])$")]  # as docs/validity.md numbers them
+FLAW_PATTERN = r"^F(0[1-9]|[1-3][0-9]|4[0-4])$"  # as docs/validity.md numbers them
+FlawId = Annotated[str, Field(pattern=FLAW_PATTERN)]
 
 
 class Section(BaseModel):

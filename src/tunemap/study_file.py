@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
-from tunemap.config import FACTOR_SECTIONS, SEED, Study
+from tunemap.config import FACTOR_SECTIONS, FLAW_PATTERN, SEED, Study
 from tunemap.data.locate import source_files
 from tunemap.errors import UserError, nearest, unknown_key
 from tunemap.hardware import load_hardware
@@ -332,6 +332,8 @@ def _due(detail: ErrorDetails) -> str:
     kind = detail["type"]
     if kind.startswith(("model_", "dict_")):
         return "it should be a mapping of keys to values"
+    if kind == "string_pattern_mismatch" and detail["ctx"]["pattern"] == FLAW_PATTERN:
+        return "known flaws are F01 to F44, as docs/validity.md numbers them"
     if kind == "string_pattern_mismatch":
         return "a name is made of letters, digits, '_', '.' and '-', and begins with a letter or digit"
     return detail["msg"].replace("Input should", "it should")

@@ -87,9 +87,11 @@ def test_a_sound_study_has_no_flaws(tmp_path):
     assert load_plan(write(tmp_path)).experiments[0].flaws == ()
 
 
-def test_an_unknown_flaw_is_refused(tmp_path):
-    with pytest.raises(UserError, match="accept_flaws"):
-        load_plan(write(tmp_path, accept="accept_flaws: [F45]"))
+@pytest.mark.parametrize("name", ["F45", "F99", "F00", "F1", "flaw"])
+def test_an_unknown_flaw_is_refused_with_those_that_are_known(tmp_path, name):
+    said = rf"accept_flaws\[0\]: '{name}' is not allowed: known flaws are F01 to F44, as docs/validity\.md numbers them"
+    with pytest.raises(UserError, match=said):
+        load_plan(write(tmp_path, accept=f"accept_flaws: [{name}]"))
 
 
 GORA = """\

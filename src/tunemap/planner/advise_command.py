@@ -16,7 +16,7 @@ from rich.table import Table
 from tunemap.errors import UserError
 from tunemap.files import write_atomic
 from tunemap.planner import cache
-from tunemap.planner.advisor import OBJECTIVES, Advice, advise, speed_words
+from tunemap.planner.advisor import MOST_ROWS, OBJECTIVES, Advice, advise, speed_words
 from tunemap.planner.table import Ticker
 
 
@@ -99,8 +99,8 @@ def _cost(value: float | None) -> str:
 
 def _caption(columns: dict[str, list[str]]) -> str:
     said = [
-        "rows: largest batch per GPU that fits, a power of two; GiB: what it takes of a GPU, or what one row would",
-        "longest: tokens of a single row that fit",
+        f"rows: largest batch per GPU that fits, a power of two up to {MOST_ROWS}; GiB: what it takes, or one row",
+        "longest: tokens of a single row that fit and have positions in the model",
     ]
     if any(columns["cost"]):
         said.append("cost: of a million tokens, at most")

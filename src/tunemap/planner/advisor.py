@@ -3,9 +3,8 @@
     from tunemap.planner.advisor import advise
     print(advise("Qwen/Qwen2.5-1.5B-Instruct", "rtx4090", max_length=1024).why)
 
-Memory comes from two accounts of each way to train, at one and at four rows: between and beyond them it is taken for a
-straight line in the rows, which it is for a step whose highest moment stays the same. The best three are accounted for
-again at the batch that is recommended, and get a smaller one if they need more than the line said.
+Each way to train is accounted for at the batch that it gets, and at those on either side of what fits. No line is drawn
+beyond them: where the highest moment is the optimizer's, few rows do not show what many need.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from tunemap.planner import cache, cost, device, time
 from tunemap.planner.calibration import CALIBRATION
 from tunemap.planner.data import data_of
 from tunemap.planner.device import Target
+from tunemap.planner.largest import largest_power_below, positions_of
 from tunemap.planner.plan import make_account
-from tunemap.planner.prediction import Account, Data, Work
+from tunemap.planner.prediction import Account, Data
 from tunemap.planner.table import span
 from tunemap.run import Run
 
@@ -43,18 +43,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "gora": 2e-4, "qlora": 2e-4}
 LEAN: Precision = "pure_bf16"  # weights and optimizer states in half precision: how full fine-tuning fits small GPUs
-PROBED_ROWS = (1, 4)
-MOST_ROWS = 64
+MOST_ROWS = 64  # per device: more rows seldom train faster, and each doubling costs an account
 RECOMMENDED = 3
 DATASET = DatasetConfig(task="gsm8k", source="hub", id="openai/gsm8k", subset="main")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train. rows: the most per device that fit, of max_length tokens; 0 where not even one does.
+    """One way to train. rows: the largest power of two per device, up to 64, that fits, of max_length tokens.
 
-    longest: the longest sequence that fits alone. peak_bytes: what a device takes at `rows`. tokens_per_second_*: token
-    slots of all devices. accuracy: mean difference in percentage points to the best method of each collected study.
+    rows is 0 where not even one fits. longest: the longest sequence that fits alone, of those that the model has
+    positions for. peak_bytes: what a device takes at `rows`, or at one. tokens_per_second_*: token slots of all
+    devices. accuracy: mean difference in percentage points to the best method of each collected study.
     """
 
     method: str
@@ -147,9 +147,7 @@ def advise(
             f"nothing fits: {least.name} with one row of {max_length} tokens needs {least.peak_bytes / 2**30:.1f} GiB "
             f"per GPU, {limit / 2**30:.1f} GiB are there; use more or larger GPUs, or a shorter --max-length"
         )
-    best = tuple(_confirmed(one, ways[one.name], target, results) for one in _distinct(fitting))
-    options |= {one.name: one for one in best}
-    best = tuple(sorted(best, key=_order(objective)))
+    best = _distinct(fitting)
     why = _why(best, objective, limit, known, calibrated(results))
     return Advice(tuple(options.values()), best, why, study_text(model, best, hardware, max_length))
 
@@ -210,17 +208,14 @@ def _source(model: str) -> HubModel | LocalModel:
     return HubModel(source="hub", id=model)
 
 
-def _with_rows(run: Run, rows: int) -> Run:
-    return run.model_copy(update={"factors": run.factors.model_copy(update={"per_device_batch_size": rows})})
-
-
-def _account(run: Run, rows: int, target: Target, results: Path) -> tuple[Account, Data]:
-    probed = _with_rows(run, rows)
-    data = data_of(probed, results)
-    key = cache.account_key(probed, data, on_gpu=True)
+def _account(run: Run, rows: int, length: int, target: Target, results: Path) -> tuple[Account, Data]:
+    sizes = {"per_device_batch_size": rows, "max_length": length}
+    sized = run.model_copy(update={"factors": run.factors.model_copy(update=sizes)})
+    data = data_of(sized, results)
+    key = cache.account_key(sized, data, on_gpu=True)
     found = cache.read_account(key, results)
     if found is None:
-        found = make_account(probed, data, target, data_root=Path(), results=results)
+        found = make_account(sized, data, target, data_root=Path(), results=results)
         cache.write_account(key, found, results)
     if not isinstance(found, Account):
         raise UserError(found.reason)
@@ -234,38 +229,44 @@ def _needed(account: Account, target: Target, gpus: int) -> int:
 def _option(run: Run, target: Target, results: Path, known: dict[str, tuple[float, int]]) -> Option:
     """The largest batch of one way to train, and its speed there."""
     factors, limit = run.factors, round((target.memory_bytes or 0) * device.TIGHT_SHARE)
-    probes = [_account(run, rows, target, results) for rows in PROBED_ROWS]
-    needs = [_needed(account, target, factors.gpus) for account, _ in probes]
-    per_row = max(1.0, (needs[1] - needs[0]) / (PROBED_ROWS[1] - PROBED_ROWS[0]))
-    fixed = needs[0] - per_row * PROBED_ROWS[0]
-    rows = int((limit - fixed) // per_row) if needs[0] <= limit else 0
+    length, positions = factors.max_length, positions_of(run, Path(), results)
+    accounts: dict[int, tuple[Account, Data]] = {}
+    needs: dict[int, int] = {}  # by tokens of a batch
+
+    def needed(rows: int) -> int:
+        accounts[rows] = _account(run, rows, length, target, results)
+        needs[rows * length] = _needed(accounts[rows][0], target, factors.gpus)
+        return needs[rows * length]
+
     # Powers of two: the next smaller one is what people choose, and it leaves room for what a prediction misses.
-    rows = min(MOST_ROWS, 1 << (rows.bit_length() - 1)) if rows else 0
-    account, data = probes[1]
-    at_rows = replace(account, work=_rows_of(account.work, max(rows, 1) / PROBED_ROWS[1]))
+    rows = largest_power_below(needed, limit, most=MOST_ROWS)
+    if rows == MOST_ROWS and rows * length < positions:  # nothing that is too much has been seen yet
+        needs[positions] = _needed(_account(run, 1, positions, target, results)[0], target, factors.gpus)
+    shown = max(rows, 1)
     accuracy, runs = known.get(run.method.kind, (None, 0))
     return replace(
         _empty_option(run),
         rows=rows,
-        longest=int((limit - fixed) / per_row * factors.max_length) if rows else 0,
-        peak_bytes=round(fixed + per_row * max(rows, 1)),
+        longest=_longest(needs, limit, positions) if rows else 0,
+        peak_bytes=needs[shown * length],
         accuracy=accuracy,
         accuracy_runs=runs,
-        reason="" if rows else f"one row needs {needs[0] / 2**30:.1f} GiB",
-        **_speeds(at_rows, data, target, max(rows, 1) * factors.max_length * factors.gpus, factors.gpus),
+        reason="" if rows else f"one row needs {needs[length] / 2**30:.1f} GiB",
+        **_speeds(*accounts[shown], target, shown * length * factors.gpus, factors.gpus),
     )
 
 
-def _confirmed(option: Option, run: Run, target: Target, results: Path) -> Option:
-    """The option at its batch as that is accounted for, or at the largest smaller one that fits."""
-    rows = option.rows
-    while True:
-        account, data = _account(run, rows, target, results)
-        needed = _needed(account, target, option.gpus)
-        if needed <= (target.memory_bytes or 0) * device.TIGHT_SHARE or rows == 1:
-            slots = rows * run.factors.max_length * option.gpus
-            return replace(option, rows=rows, peak_bytes=needed, **_speeds(account, data, target, slots, option.gpus))
-        rows //= 2
+def _longest(needs: dict[int, int], limit: int, positions: int) -> int:
+    """Tokens of the longest row that fits, by a line between the largest batch that fits and the next that does not.
+
+    Memory bends upwards in the tokens, if at all, so the line says rather too little than too much.
+    """
+    fits = max(tokens for tokens, need in needs.items() if need <= limit)
+    if fits >= positions:
+        return positions
+    above = min(tokens for tokens, need in needs.items() if need > limit)
+    share = (limit - needs[fits]) / (needs[above] - needs[fits])
+    return min(positions, fits + int((above - fits) * share))
 
 
 def _speeds(account: Account, data: Data, target: Target, slots: int, gpus: int) -> dict[str, Any]:
@@ -278,11 +279,6 @@ def _speeds(account: Account, data: Data, target: Target, slots: int, gpus: int)
         "tokens_per_second_high": fastest,
         "cost_per_million_tokens": money.cost_high / slots * 1e6 if money.cost_high is not None else None,
     }
-
-
-def _rows_of(work: Work, factor: float) -> Work:
-    """The work of so many times the rows: launches stay."""
-    return replace(work.scaled(factor), kernels=work.kernels)
 
 
 def _order(objective: Objective) -> Callable[[Option], tuple[float, ...]]:
@@ -415,5 +411,8 @@ def study_text(model: str, best: Sequence[Option], hardware: Hardware, max_lengt
     }
     if len({one.checkpointing for one in best}) > 1:
         values["accept_flaws"] = ["F39"]  # each option at its best is the question here, not what checkpointing costs
-    head = "# Written by `tunemap advise`; batches are the largest that fit, accumulated to the same rows per step.\n"
+    head = (
+        "# Written by `tunemap advise`; batches are the largest powers of two that fit, up to "
+        f"{MOST_ROWS}, accumulated to the same rows per step.\n"
+    )
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -83,6 +83,18 @@ def largest_below(needed: Callable[[int], int], limit: int, *, most: int = MOST)
     return low
 
 
+def largest_power_below(needed: Callable[[int], int], limit: int, *, most: int) -> int:
+    """The largest power of two in 1…most with needed(n) ≤ limit, for a function that does not fall; 0 if there is none.
+
+    A bisection of the exponents: three looks among the powers up to 64.
+    """
+    low, high = -1, most.bit_length()  # exponents: fits, does not fit (or is not allowed)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(1 << middle) <= limit else (low, middle)
+    return 1 << low if low >= 0 else 0
+
+
 def _where_the_line_meets(known: dict[int, int], low: int, high: int, limit: int) -> int:
     """Through the two values next to the limit."""
     other = high if high in known else max((n for n in known if n < low), default=low)
@@ -103,7 +115,7 @@ def largest_planned(
         progress(value)
         return _needed_bytes(run, factor, value, target, data_root, results)
 
-    most = MOST if factor == "per_device_batch_size" else _positions(run, data_root, results)
+    most = MOST if factor == "per_device_batch_size" else positions_of(run, data_root, results)
     seen: dict[int, int] = {}
 
     def remembered(value: int) -> int:
@@ -125,7 +137,7 @@ def largest_planned(
     )
 
 
-def _positions(run: Run, data_root: Path, results: Path) -> int:
+def positions_of(run: Run, data_root: Path, results: Path) -> int:
     """The longest sequence that the model was made for."""
     from tunemap.planner.models import architecture_of
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tunemap import corpora
 from tunemap.cli import main
-from tunemap.planner.largest import Largest, Probe, confirmed, largest_below
+from tunemap.planner.largest import Largest, Probe, confirmed, largest_below, largest_power_below
 
 GIB = 1 << 30
 
@@ -27,6 +27,20 @@ def test_the_search_finds_what_trying_all_would(base, slope, curve, step, limit,
 
     expected = max((n for n in range(1, most + 1) if needed(n) <= limit), default=0)
     assert largest_below(needed, limit, most=most) == expected
+
+
+@pytest.mark.parametrize("most", [1, 2, 48, 64])
+def test_the_largest_power_of_two_takes_three_looks(most):
+    for limit in range(70):
+        looks = []
+
+        def needed(n, looks=looks):
+            looks.append(n)
+            return n
+
+        expected = max((1 << e for e in range(7) if 1 << e <= min(limit, most)), default=0)
+        assert largest_power_below(needed, limit, most=most) == expected
+        assert len(looks) <= 3
 
 
 def test_a_straight_line_takes_few_looks():

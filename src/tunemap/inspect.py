@@ -31,7 +31,7 @@ RESULTS_OF_RUNS = ("runs", "evaluations", "unfinished", "captures", "facts", "ro
 RETRIED = ("error", "timeout", "oom", "invalid", "unsupported")
 
 
-def _console() -> Console:
+def plain_console() -> Console:
     """A terminal's own width; wide where the output goes to a file or a pipe, so that ids stay whole."""
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # a question may hold [brackets]
     console = Console(soft_wrap=True, **plain)
@@ -86,7 +86,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         values = plan.to_dict() | {"predictions": [one.to_dict() for one in found.values()]}
         print(json.dumps(values, indent=1, ensure_ascii=False))
         return 0
-    console = _console()
+    console = plain_console()
     if not arguments.predict:
         _print_runs(console, plan)
     if found:
@@ -157,7 +157,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
                 table.add_row(f"  {choice}.{key}", str(value), origins.get(f"{choice}.{key}", f"{choice}s"))
     for key, value in run.factors.model_dump().items():
         table.add_row(key, str(value), origins.get(key, "built-in default"))
-    _console().print(table)
+    plain_console().print(table)
     return 0
 
 
@@ -180,7 +180,7 @@ def run_diff(arguments: argparse.Namespace) -> int:
         table.add_column(column, overflow="fold")
     for key, (left, right) in differences.items():
         table.add_row(key, str(left), str(right))
-    _console().print(table)
+    plain_console().print(table)
     return 0
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tunemap.errors import UserError
 from tunemap.files import naming, read_object, read_sealed
-from tunemap.inspect import RESULTS, _console, plan_of, study_argument
+from tunemap.inspect import RESULTS, plain_console, plan_of, study_argument
 from tunemap.slurm import QueuedJob, queue
 from tunemap.training.heartbeat import read_beats
 from tunemap.training.lease import Lease, is_held, read_lease
@@ -56,7 +56,7 @@ def run_status(arguments: argparse.Namespace) -> int:
     folder, runs = _runs_of(arguments)
     jobs = queue()
     statuses = [_status_or_damage(run, folder, jobs) for run in runs]
-    console = _console()
+    console = plain_console()
     shown = [one for one in statuses if arguments.all or one.state not in ("finished", "not started")]
     if shown:
         table = Table()

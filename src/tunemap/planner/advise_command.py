@@ -10,14 +10,17 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
+from rich.cells import cell_len
 from rich.table import Table
 
 from tunemap.errors import UserError
 from tunemap.files import write_atomic
+from tunemap.inspect import plain_console
 from tunemap.planner import cache
 from tunemap.planner.advisor import MOST_ROWS, OBJECTIVES, Advice, advise, speed_words
 from tunemap.planner.table import Ticker
+
+DISPENSABLE = ("longest", "cost", "accuracy")  # columns that a narrow terminal goes without, the first first
 
 
 def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +57,9 @@ def run_advise(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(advice.to_dict(), indent=2))
         return 0
-    console = Console(markup=False, highlight=False)
+    console = plain_console()
     console.print(f"{arguments.model}, up to {arguments.max_length} tokens, on {arguments.gpus} × {arguments.gpu}")
-    console.print(options_table(advice))
+    console.print(options_table(advice, console.width))
     console.print(advice.why)
     if arguments.study:
         console.print(
@@ -65,8 +68,11 @@ def run_advise(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def options_table(advice: Advice) -> Table:
-    """One row per way to train: the best first, then what fits by speed, then what does not. No column is empty."""
+def options_table(advice: Advice, width: int) -> Table:
+    """One row per way to train: the best first, then what fits by speed, then what does not.
+
+    No column is empty, and none is cut: those that `width` has no room for are left out, and the caption names them.
+    """
     places = {one.name: place for place, one in enumerate(advice.best, 1)}
     last = len(places) + 1
     options = sorted(
@@ -84,26 +90,36 @@ def options_table(advice: Advice) -> Table:
             f"{one.accuracy:+.1f} ({one.accuracy_runs})" if one.accuracy is not None else "" for one in options
         ],
     }
-    table = Table(caption=_caption(columns), caption_justify="left")
-    shown = [name for name, cells in columns.items() if any(cells)]
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    shown = _narrowed(filled, width)
+    table = Table(caption=_caption(shown, [name for name in filled if name not in shown]), caption_justify="left")
     for name in shown:
         table.add_column(name, justify="left" if name in ("", "way") else "right", no_wrap=True)
-    for cells in zip(*(columns[name] for name in shown), strict=True):
+    for cells in zip(*shown.values(), strict=True):
         table.add_row(*cells)
     return table
+
+
+def _narrowed(columns: dict[str, list[str]], width: int) -> dict[str, list[str]]:
+    """Without as many of the dispensable columns as it takes for the others to be whole."""
+    for name in DISPENSABLE:
+        needed = 1 + sum(3 + max(map(cell_len, (head, *cells))) for head, cells in columns.items())  # with borders
+        if needed > width:
+            columns = {head: cells for head, cells in columns.items() if head != name}
+    return columns
 
 
 def _cost(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _caption(columns: dict[str, list[str]]) -> str:
-    said = [
-        f"rows: largest batch per GPU that fits, a power of two up to {MOST_ROWS}; GiB: what it takes, or one row",
-        "longest: tokens of a single row that fit and have positions in the model",
-    ]
-    if any(columns["cost"]):
-        said.append("cost: of a million tokens, at most")
-    if any(columns["accuracy"]):
-        said.append("accuracy: points to the best method of the same collected study (runs)")
-    return "; ".join(said)
+def _caption(shown: dict[str, list[str]], left_out: list[str]) -> str:
+    said = {
+        "rows": f"largest batch per GPU that fits, a power of two up to {MOST_ROWS}",
+        "GiB": "what it takes, or one row would",
+        "longest": "tokens of a single row that fit and have positions in the model",
+        "cost": "of a million tokens, at most",
+        "accuracy": "points to the best method of the same collected study (runs)",
+    }
+    lines = [f"{name}: {meaning}" for name, meaning in said.items() if name in shown]
+    return "; ".join(lines + [f"a wider terminal shows {', '.join(left_out)}"] * bool(left_out))

@@ -1,12 +1,15 @@
 """What `tunemap advise` recommends, why, what it refuses, and what it writes; accounts are closed forms here."""
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from tunemap import cli
 from tunemap.planner import advisor
+from tunemap.planner.advise_command import options_table
 from tunemap.planner.advisor import advise, collected_accuracy
 from tunemap.planner.cache import NoAccount
 from tunemap.planner.prediction import Account, BatchShape, Work
@@ -134,12 +137,7 @@ def test_the_first_is_the_best_of_all_that_fit(accounts, model, tmp_path, object
 
 
 def test_accuracy_comes_from_collected_runs(accounts, model, tmp_path):
-    tables = tmp_path / "results" / "study" / "tables"
-    tables.mkdir(parents=True)
-    lines = ["run,outcome,model,dataset,method_kind,accuracy"]
-    lines += [f"{kind}{seed},ok,m,d,{kind},{accuracy}" for kind, accuracy in
-              (("full", 0.40), ("lora", 0.50), ("qlora", 0.45)) for seed in (0, 1)]  # fmt: skip
-    (tables / "runs.csv").write_text("\n".join(lines))
+    collect_accuracies(tmp_path / "results")
     known = collected_accuracy(tmp_path / "results")
     assert known["lora"] == (0.0, 2)
     assert known["full"] == (pytest.approx(-10.0), 2)
@@ -205,14 +203,42 @@ def test_the_study_file_is_a_study(accounts, model, tmp_path, gpus):
     assert not planned
 
 
-def test_the_table_names_every_way_whole(accounts, model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert advise_command(model, tmp_path, "--gpu", "rtx4090") == 0
-    printed = capsys.readouterr().out
-    for one in ask(model, tmp_path).options:
-        assert f" {one.name} " in printed
+def collect_accuracies(results) -> None:
+    (results / "study" / "tables").mkdir(parents=True)
+    lines = ["run,outcome,model,dataset,method_kind,accuracy"]
+    lines += [f"{kind}{seed},ok,m,d,{kind},{accuracy}" for kind, accuracy in
+              (("full", 0.40), ("lora", 0.50), ("qlora", 0.45)) for seed in (0, 1)]  # fmt: skip
+    (results / "study" / "tables" / "runs.csv").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(("gpu", "gpus"), [("rtx4060", 1), ("h100", 1), ("h100", 8)])
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_table_is_whole_at_any_width(accounts, model, tmp_path, gpu, gpus, width):
+    collect_accuracies(tmp_path / "results")
+    advice = ask(model, tmp_path, gpu=gpu, gpus=gpus)
+    console = Console(width=width, file=io.StringIO())
+    console.print(options_table(advice, console.width))
+    printed = console.file.getvalue()
     assert "…" not in printed
-    assert "is first by throughput" in " ".join(printed.split())
+    for one in advice.options:
+        line = next(line for line in printed.splitlines() if f" {one.name} " in line)
+        assert f" {one.rows or 'none'} " in line
+        assert f" {one.peak_bytes / GIB:.1f} " in line
+    if width == 200:
+        assert {"longest", "accuracy"} <= set(printed.split())
+        assert "wider" not in printed
+
+
+def test_a_pipe_gets_every_column(accounts, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    collect_accuracies(tmp_path / "results")
+    assert advise_command(model, tmp_path, "--gpu", "h100", "--gpus", "8") == 0
+    printed = capsys.readouterr().out
+    for one in ask(model, tmp_path, gpu="h100", gpus=8).options:
+        assert f" {one.name} " in printed
+        assert not one.rows or f" {one.longest:,} " in printed
+    assert "…" not in printed
+    assert "is first by throughput" in printed
 
 
 def test_json_holds_what_the_function_gives(accounts, model, tmp_path, capsys):

@@ -83,6 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:  # a file that cannot be read or written, a full disk
+        place = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"error: {place}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tunemap import inspect
 from tunemap.cli import COMMANDS, main
 
 
@@ -63,6 +64,22 @@ def test_what_a_user_can_mend_is_one_line_and_1(arguments, message, capsys, tmp_
     captured = capsys.readouterr()
     assert captured.err == message
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (NotADirectoryError(20, "Not a directory", "results/x"), "error: results/x: Not a directory\n"),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_line_and_1(problem, message, capsys, monkeypatch):
+    def fail(arguments):
+        raise problem
+
+    monkeypatch.setattr(inspect, "run_plan", fail)
+    assert main(["plan"]) == 1
+    assert capsys.readouterr().err == message
 
 
 def tunemap(*arguments: str, **options) -> subprocess.CompletedProcess:

@@ -52,19 +52,18 @@ def run_advise(arguments: argparse.Namespace) -> int:
         results=arguments.results,
         progress=Ticker("advising"),
     )
-    if arguments.study:
-        write_atomic(arguments.study, advice.study)
+    console = plain_console()
     if arguments.json:
         print(json.dumps(advice.to_dict(), indent=2))
-        return 0
-    console = plain_console()
-    console.print(f"{arguments.model}, up to {arguments.max_length} tokens, on {arguments.gpus} × {arguments.gpu}")
-    console.print(options_table(advice, console.width))
-    console.print(advice.why)
-    if arguments.study:
-        console.print(
-            f"Study file of the best {len(advice.best)}, on GSM8K until you name your data: {arguments.study}"
-        )
+    else:
+        console.print(f"{arguments.model}, up to {arguments.max_length} tokens, on {arguments.gpus} × {arguments.gpu}")
+        console.print(options_table(advice, console.width))
+        console.print(advice.why)
+    if arguments.study:  # last: what took minutes is on the screen even where this file cannot be written
+        write_atomic(arguments.study, advice.study)
+        if not arguments.json:
+            said = f"Study file of the best {len(advice.best)}, on GSM8K until you name your data: {arguments.study}"
+            console.print(said)
     return 0
 
 

@@ -241,6 +241,17 @@ def test_a_pipe_gets_every_column(accounts, model, tmp_path, capsys, monkeypatch
     assert "is first by throughput" in printed
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_advice_is_printed_even_where_its_study_file_cannot_be_written(accounts, model, tmp_path, capsys, form):
+    (tmp_path / "file").write_text("")
+    study = tmp_path / "file" / "best.yaml"
+    assert advise_command(model, tmp_path, "--gpu", "rtx4090", "--study", str(study), *form) == 1
+    said = capsys.readouterr()
+    assert "is first by throughput" in said.out
+    assert str(tmp_path / "file") in said.err
+    assert said.err.splitlines()[-1].startswith("error: ")
+
+
 def test_json_holds_what_the_function_gives(accounts, model, tmp_path, capsys):
     assert advise_command(model, tmp_path, "--gpu", "h100", "--json", "--objective", "cost") == 0
     values = json.loads(capsys.readouterr().out)

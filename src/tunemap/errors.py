@@ -19,3 +19,9 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     meant = nearest(key, known)
     hint = f"; did you mean '{meant}'?" if meant else "."
     return f"unknown key '{key}'{hint} Allowed: {', '.join(known)}"
+
+
+def refuse_outside(option: str, value: float, most: float) -> None:
+    """Raise UserError for what is not above 0 and at most `most`; nan and infinity never are."""
+    if not 0 < value <= most:
+        raise UserError(f"{option} {value:g}: allowed are numbers above 0, up to {most:,.15g}")

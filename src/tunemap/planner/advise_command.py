@@ -13,11 +13,12 @@ from pathlib import Path
 from rich.cells import cell_len
 from rich.table import Table
 
-from tunemap.errors import UserError
+from tunemap.errors import UserError, refuse_outside
 from tunemap.files import write_atomic
 from tunemap.inspect import plain_console
 from tunemap.planner import cache
 from tunemap.planner.advisor import MOST_ROWS, OBJECTIVES, Advice, advise, speed_words
+from tunemap.planner.device import MOST_GB
 from tunemap.planner.table import Ticker
 
 DISPENSABLE = ("longest", "cost", "accuracy")  # columns that a narrow terminal goes without, the first first
@@ -38,10 +39,11 @@ def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_advise(arguments: argparse.Namespace) -> int:
     """Print the options, the best and why."""
-    for name in ("gpus", "max_length", "budget_gb"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: allowed are numbers above 0")
+    for name in ("gpus", "max_length"):
+        if getattr(arguments, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: allowed are numbers above 0")
+    if arguments.budget_gb is not None:
+        refuse_outside("--budget-gb", arguments.budget_gb, MOST_GB)
     advice = advise(
         arguments.model,
         arguments.gpu,

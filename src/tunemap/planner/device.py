@@ -22,6 +22,7 @@ NCCL_BYTES = 256 * MIB  # channels and proxies of a communicator
 PYTHON_BYTES = 600 * MIB  # a process that has imported torch, transformers and peft
 CUDA_HOST_BYTES = 3 << 30  # the same with CUDA's libraries and pinned buffers
 HEAP_SHARE = 0.25  # what malloc keeps of freed tensors on a CPU
+MOST_GB = 1e6  # that may be asked for: no machine has a petabyte of memory
 TIGHT_SHARE = 0.92  # the error that is allowed for: worst case of predictions against measurements
 
 

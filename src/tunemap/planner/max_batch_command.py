@@ -11,12 +11,12 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tunemap.errors import UserError
+from tunemap.errors import UserError, refuse_outside
 from tunemap.hardware import load_hardware
 from tunemap.inspect import RESULTS, plan_of, run_of, study_argument
 from tunemap.paths import expanded
 from tunemap.planner.cache import target_of
-from tunemap.planner.device import Target
+from tunemap.planner.device import MOST_GB, Target
 from tunemap.planner.largest import FACTORS, Largest, Probe, confirmed, largest_planned, probe_run
 
 
@@ -36,8 +36,8 @@ def add_max_batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_max_batch(arguments: argparse.Namespace) -> int:
     """Search, probe if asked, and say what was found."""
-    if arguments.memory_gb is not None and arguments.memory_gb <= 0:
-        raise UserError(f"--memory-gb {arguments.memory_gb:g}: allowed are numbers above 0")
+    if arguments.memory_gb is not None:
+        refuse_outside("--memory-gb", arguments.memory_gb, MOST_GB)
     if arguments.gpu and arguments.probe:
         raise UserError("--probe runs on this machine's device: leave --gpu out, and limit it by --memory-gb")
     plan = plan_of(arguments)

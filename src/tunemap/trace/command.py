@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tunemap.errors import UserError
+from tunemap.errors import UserError, refuse_outside
 
 SUMMARY = "summary.json"
 FORMATS = ("csv", "parquet")
@@ -60,8 +60,9 @@ def run_facts(args: argparse.Namespace) -> int:
     from tunemap.trace.compare import compare_facts
     from tunemap.trace.facts import FactOptions
 
-    if args.bucket_ms <= 0 or round(args.bucket_ms * 1e6) < 1:
-        raise UserError(f"--bucket-ms {args.bucket_ms}: must be above 0")
+    refuse_outside("--bucket-ms", args.bucket_ms, LONGEST_NS // 1_000_000)
+    if round(args.bucket_ms * 1e6) < 1:
+        raise UserError(f"--bucket-ms {args.bucket_ms:g}: less than the nanosecond that traces count in")
     if args.world_size is not None and args.world_size < 1:
         raise UserError(f"--world-size {args.world_size}: must be at least 1")
     options = FactOptions(round(args.bucket_ms * 1e6), args.window, args.world_size)

@@ -99,6 +99,8 @@ def test_no_probe_is_made_where_nothing_is_planned_to_fit():
     ("arguments", "message"),
     [
         (["--memory-gb", "-1"], "--memory-gb -1: allowed are numbers above 0"),
+        (["--memory-gb", "nan"], "--memory-gb nan: allowed are numbers above 0, up to 1,000,000"),
+        (["--memory-gb", "1e300"], "--memory-gb 1e+300: allowed are numbers above 0, up to 1,000,000"),
         (["--gpu", "h100", "--probe"], "--probe runs on this machine's device"),
     ],
 )

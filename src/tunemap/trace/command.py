@@ -1,6 +1,7 @@
 """`tunemap facts TRACE … --out DIR` and `tunemap facts --compare A B`: facts of any trace, from anyone's run."""
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -28,7 +29,9 @@ def add_facts_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TRACE",
         help="nsys SQLite exports and Kineto traces (.json, .json.gz); several files of one job are analysed together",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for summary.json and the tables")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for what is written; needed unless two runs are only compared"
+    )
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -69,6 +72,8 @@ def run_facts(args: argparse.Namespace) -> int:
     if args.compare:
         if args.traces:
             raise UserError("--compare takes its two runs itself; leave out the other traces")
+        if args.figures and not args.out:
+            raise UserError("--figures needs --out DIR: the folder to draw in")
         first, second = (load_run(path, options) for path in args.compare)
         comparison = compare_facts(first, second)
         for line in comparison.lines():
@@ -212,15 +217,20 @@ def read_table(folder: Path, name: str) -> dict[str, list[Any]]:
 
         columns: dict[str, list[Any]] = pyarrow.parquet.read_table(folder / f"{name}.parquet").to_pydict()
         return columns
+    file = folder / f"{name}.csv"
     try:
-        with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
+        text = file.read_text(encoding="utf-8")
+        rows = list(csv.reader(io.StringIO(text, newline="")))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no {name}.csv or {name}.parquet; write it with: tunemap facts TRACE --out"
         ) from None
-    return {column: [_value(row[column]) for row in rows] for column in reader.fieldnames or ()}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: damaged ({error}); write it again with tunemap facts") from None
+    # A number that was cut is a number: only the end of the last line says that nothing is missing.
+    if not text.endswith("\n") or any(len(row) != len(rows[0]) for row in rows):
+        raise UserError(f"{file}: damaged (a line is cut); write it again with tunemap facts")
+    return {column: [_value(row[place]) for row in rows[1:]] for place, column in enumerate(rows[0])}
 
 
 def _value(text: str) -> Any:

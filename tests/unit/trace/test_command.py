@@ -167,6 +167,7 @@ def test_content_decides_not_the_name(tmp_path, export):
         (["t.sqlite", "--out", "o", "--bucket-ms", "1e-9"], "--bucket-ms 1e-09: less than the nanosecond"),
         (["t.sqlite", "--out", "o", "--world-size", "0"], "--world-size 0: must be at least 1"),
         (["t.sqlite", "--compare", "a", "b"], "leave out the other traces"),
+        (["--compare", "a", "b", "--figures"], "--figures needs --out DIR"),
         ([".", "--out", "o"], "a folder; name the trace files in it"),
         (["--compare", ".", "."], "no summary.json in this folder"),
     ],
@@ -192,6 +193,20 @@ def test_a_damaged_summary_is_one_clear_message(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json: damaged"):
         run("--compare", tmp_path, tmp_path)
+
+
+def test_a_table_cut_anywhere_is_damaged_or_ends_with_a_row(export, tmp_path):
+    out = tmp_path / "out"
+    run(export, "--out", out)
+    whole = (out / "phases.csv").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for end in {0, 5, *range(len(whole) - len(lines[-1]) + 1, len(whole))}:
+        (out / "phases.csv").write_bytes(whole[:end])
+        with pytest.raises(UserError, match=r"phases\.csv: damaged \(a line is cut\)"):
+            run("--compare", out, out)
+    (out / "phases.csv").write_bytes(whole + b"1,2\n")
+    with pytest.raises(UserError, match=r"phases\.csv: damaged"):
+        run("--compare", out, out)
 
 
 def test_planning_and_help_import_no_heavy_module():

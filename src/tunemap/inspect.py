@@ -73,8 +73,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print JSON: every run with all of its factors, and every prediction"
     )
-    parser.add_argument("--list", action="store_true", help="only list the runs; predict nothing")
-    parser.add_argument("--predict", action="store_true", help="only predict; list nothing")
+    only = parser.add_mutually_exclusive_group()  # both together would leave nothing to print
+    only.add_argument("--list", action="store_true", help="only list the runs; predict nothing")
+    only.add_argument("--predict", action="store_true", help="only predict; list nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: results)")
 
 

@@ -31,7 +31,17 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["plna"], ["plan", "--wrong"], ["explain"], ["diff", "one"], ["--wrong"], ["--"]]
+    "arguments",
+    [
+        [],
+        ["plna"],
+        ["plan", "--wrong"],
+        ["plan", "--list", "--predict"],
+        ["explain"],
+        ["diff", "one"],
+        ["--wrong"],
+        ["--"],
+    ],
 )
 def test_a_wrong_command_line_ends_with_2_and_usage(arguments, capsys):
     with pytest.raises(SystemExit) as end:

@@ -115,7 +115,7 @@ def largest_planned(
         progress(value)
         return _needed_bytes(run, factor, value, target, data_root, results)
 
-    most = MOST if factor == "per_device_batch_size" else positions_of(run, data_root, results)
+    most = most_of(run, factor, data_root, results)
     seen: dict[int, int] = {}
 
     def remembered(value: int) -> int:
@@ -135,6 +135,11 @@ def largest_planned(
         tight,
         remembered(max(1, tight)),
     )
+
+
+def most_of(run: Run, factor: str, data_root: Path, results: Path) -> int:
+    """The largest value of a factor that makes sense, whatever the memory."""
+    return MOST if factor == "per_device_batch_size" else positions_of(run, data_root, results)
 
 
 def positions_of(run: Run, data_root: Path, results: Path) -> int:
@@ -174,23 +179,36 @@ def with_factor(run: Run, factor: str, value: int, **others: Any) -> Run:
 # --- by running it ----------------------------------------------------------------------------------------
 
 
-def confirmed(found: Largest, probe: Callable[[int], Probe]) -> Largest:
-    """Run what the planner found: down from the safe value until one holds, up to the tight one while they hold.
+def confirmed(found: Largest, probe: Callable[[int], Probe], *, most: int) -> Largest:
+    """Run what the planner found: down from the safe value until one holds, else up while they hold, then in between.
 
-    Where nothing is safe, down from the tight one.
+    Where nothing is safe, down from the tight one. Up is first the tight value, which the planner may have put too low,
+    then twice as far beyond it each time, to twice its value or to `most`, where the search ends even if that holds.
     """
     probes: list[Probe] = []
-    value, held = found.safe or found.tight, 0
+
+    def holds(value: int) -> bool:
+        probes.append(probe(value))
+        return probes[-1].held
+
+    value, held, fails = found.safe or found.tight, 0, 0  # 0: none known
     while value > 0 and not held:
-        probes.append(probe(value))
-        held = value if probes[-1].held else 0
+        held, fails = (value, fails) if holds(value) else (0, value)
         value = min(value - 1, int(value * SMALLER))
-    fails = probes[-2].value if len(probes) > 1 else found.tight + 1
-    while held and fails - held > max(1, held // 50):  # to 2 %
+    end, step = min(2 * found.tight, most), _precision(found.tight)
+    while held and not fails and held < end:
+        value = found.tight if held < found.tight else min(held + step, end)
+        step = step if held < found.tight else 2 * step
+        held, fails = (value, 0) if holds(value) else (held, value)
+    while held and fails and fails - held > _precision(held):
         value = (held + fails) // 2
-        probes.append(probe(value))
-        held, fails = (value, fails) if probes[-1].held else (held, value)
+        held, fails = (value, fails) if holds(value) else (held, value)
     return replace(found, confirmed=held, probes=tuple(probes))
+
+
+def _precision(value: int) -> int:
+    """What the largest that runs is known to: 2 %."""
+    return max(1, value // 50)
 
 
 def probe_run(run: Run, factor: str, value: int, target: Target, *, results: Path, device_kind: str) -> Probe:

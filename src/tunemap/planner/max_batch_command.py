@@ -17,7 +17,7 @@ from tunemap.inspect import RESULTS, plan_of, run_of, study_argument
 from tunemap.paths import expanded
 from tunemap.planner.cache import target_of
 from tunemap.planner.device import MOST_GB, Target
-from tunemap.planner.largest import FACTORS, Largest, Probe, confirmed, largest_planned, probe_run
+from tunemap.planner.largest import FACTORS, Largest, Probe, confirmed, largest_planned, most_of, probe_run
 
 
 def add_max_batch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,14 +55,8 @@ def run_max_batch(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(f"planning {arguments.factor} {value}", flush=True)
 
-    found = largest_planned(
-        run,
-        arguments.factor,
-        target,
-        data_root=Path(expanded(plan.study.data_root)),
-        results=arguments.results,
-        progress=say,
-    )
+    data_root = Path(expanded(plan.study.data_root))
+    found = largest_planned(run, arguments.factor, target, data_root=data_root, results=arguments.results, progress=say)
     if arguments.probe:
 
         def probe(value: int) -> Probe:
@@ -70,7 +64,7 @@ def run_max_batch(arguments: argparse.Namespace) -> int:
                 run, arguments.factor, value, target, results=arguments.results, device_kind=hardware.device
             )
 
-        found = confirmed(found, probe)
+        found = confirmed(found, probe, most=most_of(run, arguments.factor, data_root, arguments.results))
     print(json.dumps(asdict(found), indent=1) if arguments.json else in_words(found))
     return 0
 

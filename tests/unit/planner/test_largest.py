@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tunemap import corpora
 from tunemap.cli import main
-from tunemap.planner.largest import Largest, Probe, confirmed, largest_below, largest_power_below
+from tunemap.planner.largest import MOST, Largest, Probe, confirmed, largest_below, largest_power_below
 
 GIB = 1 << 30
 
@@ -69,29 +69,44 @@ def tried(largest):
     return probe, asked
 
 
-@pytest.mark.parametrize("really", [1, 3, 7, 13, 19, 20, 22, 24])
+@pytest.mark.parametrize("really", [1, 3, 7, 13, 19, 20, 22, 24, 25, 31, 47, 48])
 def test_probes_find_what_the_device_really_holds(really):
     probe, asked = tried(really)
-    found = confirmed(planned(), probe)
+    found = confirmed(planned(), probe, most=MOST)
     assert found.confirmed == really
     assert len(asked) == len(set(asked)) == len(found.probes)
 
 
+@pytest.mark.parametrize("really", [900, 1001, 1019, 1500, 1999])
+def test_what_really_runs_is_known_to_two_percent(really):
+    probe, asked = tried(really)
+    found = confirmed(planned(safe=920, tight=1000), probe, most=MOST)
+    assert really * 0.98 <= found.confirmed <= really
+    assert len(asked) < 14
+
+
+@pytest.mark.parametrize(("most", "end"), [(MOST, 48), (30, 30), (24, 24)])
+def test_probes_end_at_twice_what_was_planned_and_at_the_most_that_makes_sense(most, end):
+    probe, asked = tried(1000)
+    assert confirmed(planned(), probe, most=most).confirmed == end
+    assert max(asked) == end
+
+
 def test_probes_of_a_device_that_holds_nothing_end_at_none():
     probe, asked = tried(0)
-    assert confirmed(planned(), probe).confirmed == 0
+    assert confirmed(planned(), probe, most=MOST).confirmed == 0
     assert asked[-1] == 1
 
 
 def test_what_may_just_fit_is_tried_where_nothing_is_safe():
     probe, asked = tried(1)
-    assert confirmed(planned(safe=0, tight=1), probe).confirmed == 1
-    assert asked == [1]
+    assert confirmed(planned(safe=0, tight=1), probe, most=MOST).confirmed == 1
+    assert asked == [1, 2]
 
 
 def test_no_probe_is_made_where_nothing_is_planned_to_fit():
     probe, asked = tried(9)
-    assert confirmed(planned(safe=0, tight=0), probe).confirmed == 0
+    assert confirmed(planned(safe=0, tight=0), probe, most=MOST).confirmed == 0
     assert asked == []
 
 

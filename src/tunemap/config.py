@@ -523,7 +523,7 @@ class Hardware(Section):
 
 
 class Report(Section):
-    """How the report reads; nothing here reruns anything but the report."""
+    """How the report reads: `title` and `introduction` rerun it alone, the others also predictions, tables, figures."""
 
     title: str | None = Field(None, description="Heading of the report; null: the study's name.")
     introduction: str | None = Field(None, description="A paragraph below the heading.")

@@ -44,6 +44,19 @@ def test_commands_and_scripts_that_are_named_exist(page):
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
+WITHOUT_JOBS = (" -n", " --report", " --rulegraph", " --unlock", " --lint", " --help")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_that_run_the_workflow_say_with_how_many_cores(page):
+    """Snakemake refuses to run a job without --cores, which the profiles give."""
+    text = page.read_text()
+    lines = [line.split(" #")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()]
+    commands = [one for one in (*lines, *re.findall(r"`([^`\n]+)`", text)) if one.startswith("snakemake ")]
+    runs = [one for one in commands if not any(option in one for option in WITHOUT_JOBS)]
+    assert [one for one in runs if "--profile" not in one and "--cores" not in one] == []
+
+
 @pytest.mark.parametrize("block", STUDIES)
 def test_studies_in_the_documentation_are_valid(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

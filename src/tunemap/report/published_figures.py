@@ -344,17 +344,17 @@ def _methods(source: Source) -> Drawn:
 
 
 def _curves(source: Source, losses: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Loss curves of LoRA and GoRA on one device, of the first run of each."""
+    """Loss curves of LoRA and GoRA on one device, of the first run of each that ended ok."""
     rows = single_device_methods(source)
     found = {}
     for name in ("LoRA", "GoRA"):
         point = rows[name]
-        if point is None:
+        runs = source.ok_runs_of(point) if point is not None else []
+        if not runs:
             continue
-        run = source.runs_of(point)[0]["run"]
-        curve = losses[losses["run"] == run]
+        curve = losses[losses["run"] == runs[0]["run"]]
         if len(curve) > 1:
-            found[name] = curve.assign(tokens=source.runs_of(point)[0].get("tokens_per_step_mean"))
+            found[name] = curve.assign(tokens=runs[0].get("tokens_per_step_mean"))
     return found if len(found) == 2 else {}
 
 

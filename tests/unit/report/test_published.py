@@ -4,11 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.unit.report import fake_results
 from tunemap.collect import collect
-from tunemap.report import figures
+from tunemap.report import figures, published_figures
 from tunemap.report.formats import records
 from tunemap.report.published_figures import FIGURES
 from tunemap.report.published_numbers import FILE, MEASURES, _compared, _run_means, compare_published, read_numbers
@@ -91,6 +92,21 @@ def test_a_gate_of_a_comparison_stands_beside_its_own_experiment_alone(tmp_path)
     source = Source(plan, records(tables.points), records(tables.runs), records(tables.comparisons), [tripped])
     fails = {point["experiment"]: source.fails(point) for point in source.points if point["point"] == "lora"}
     assert fails == {"methods": "interval", "again": ""}
+
+
+@pytest.mark.parametrize(("ends", "drawn"), [(("ok", "ok"), 0), (("invalid", "ok"), 1), (("oom", "oom"), None)])
+def test_a_loss_curve_is_of_a_run_that_ended_ok(monkeypatch, ends, drawn):
+    class Runs:
+        def ok_runs_of(self, method):
+            runs = [{"run": f"{method}-{seed}", "outcome": end} for seed, end in enumerate(ends)]
+            return [run for run in runs if run["outcome"] == "ok"]
+
+    monkeypatch.setattr(published_figures, "single_device_methods", lambda source: {"LoRA": "lora", "GoRA": "gora"})
+    names = [f"{method}-{seed}" for method in ("lora", "gora") for seed in (0, 1) for _ in range(3)]
+    losses = pd.DataFrame({"run": names, "step": [1, 2, 3] * 4, "loss": 1.0})
+    curves = published_figures._curves(Runs(), losses)
+    found = {name: set(curve["run"]) for name, curve in curves.items()}
+    assert found == ({} if drawn is None else {"LoRA": {f"lora-{drawn}"}, "GoRA": {f"gora-{drawn}"}})
 
 
 def test_a_study_of_its_own_has_no_published_tables(tmp_path):

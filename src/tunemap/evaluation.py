@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -154,14 +155,27 @@ def _wait(processes: list[subprocess.Popen[bytes]], work: Path) -> Failure | Non
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code not in (None, 0):
-                silent = Failure("error", how_it_ended(code, "evaluating"), rank, "evaluate", None, None)
-                return next((one for one in read_failures(work) if one.rank == rank), silent)
+                return _failure(work, rank, code)
         if None not in codes:
             return None
         if (stuck := watchdog.stalled()) is not None:
             reason = f"no answer for {STALL_LIMIT_S:g} s, in batch {stuck.step} of this process"
             return Failure("timeout", reason, stuck.rank, "evaluate", None, None)
         time.sleep(POLL_SECONDS)
+
+
+def _failure(work: Path, rank: int, code: int) -> Failure:
+    """Why a process ended with this code, in its own words where it left any.
+
+    Raises SystemExit where somebody asked all processes of the job to end and this one heard it first: that is no
+    result of the evaluation.
+    """
+    told = [one for one in read_failures(work) if one.rank == rank]
+    if told:
+        return told[0]
+    if code == -signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    return Failure("error", how_it_ended(code, "evaluating"), rank, "evaluate", None, None)
 
 
 # --- one of the processes ---------------------------------------------------------------------------------

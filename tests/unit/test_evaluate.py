@@ -540,3 +540,12 @@ def test_a_process_killed_for_want_of_memory_is_tried_again_while_there_is_anoth
     assert (result["outcome"], result["reason"], rows) == ("error", reason, [])
     monkeypatch.setattr(evaluation, "oom_kills", lambda: 0)  # somebody else's SIGKILL
     assert "SIGKILL" in to_files(root, tmp_path, run_of(), attempts_left=1)[0]["reason"]
+
+
+def test_a_process_that_hears_of_a_stop_before_its_launcher_leaves_no_result(root, tmp_path, monkeypatch):
+    """As when a scheduler ends all processes of a job: the evaluation is made at the next start."""
+    stop = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    monkeypatch.setattr(evaluation, "_command", lambda *_: [sys.executable, "-c", stop])
+    with pytest.raises(SystemExit, match="143"):
+        to_files(root, tmp_path, run_of())
+    assert not (tmp_path / "evaluation.json").exists()

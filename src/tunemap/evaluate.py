@@ -17,15 +17,12 @@ from tunemap.data.answers import score
 from tunemap.data.collate import collate
 from tunemap.data.tokens import Tokens, load_tokens
 from tunemap.gates import generation_limit_gate
+from tunemap.methods.peft_registry import SUPPORTED
 from tunemap.models.loading import load_model, load_tokenizer
 from tunemap.predictions import Indices, Prediction, Share, batches_of
 from tunemap.run import Run
 from tunemap.training.assemble import quantization_of
 from tunemap.training.precision import DTYPES, PRECISIONS
-
-# peft's methods whose virtual tokens stand in the input: padding on the left would come between them and the prompt,
-# and peft drops the position ids that would close the gap. Behind them it hides padding on the right from a classifier.
-UNPADDED = ("PROMPT_TUNING", "P_TUNING")
 
 
 def evaluate_share(
@@ -49,7 +46,8 @@ def evaluate_share(
     model = load_trained(run, model_folder, weights_folder, num_labels=len(tokens.label_names) or None, device=device)
     model.eval()
     batch_size = run.factors.evaluation_batch_size
-    unpadded = isinstance(run.method, PeftMethod) and run.method.type in UNPADDED
+    # Padding on the left would come between virtual tokens and prompt, and peft drops positions that close the gap.
+    unpadded = isinstance(run.method, PeftMethod) and SUPPORTED[run.method.type].hides_padding
     batches = batches_of(tokens.test.lengths, batch_size, rank=rank, world_size=world_size, unpadded=unpadded)
     answer: Callable[[Indices], dict[int, Prediction]] = partial(_classify, model, tokens, device)
     limit, gates = None, []

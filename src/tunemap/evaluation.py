@@ -4,7 +4,8 @@
         --device cpu --rank 0 --processes 2
 
 is one of the processes, which leaves share.rankN.json in the work folder, or failure.rankN.json. They share no state
-and exchange nothing: each has the whole model and answers its own batches. Imports torch only in the processes.
+and exchange nothing: each has the whole model and answers its own batches. With `--study results/STUDY` a process goes
+on with other runs (`tunemap.ahead`). Imports torch only in the processes.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tunemap import ahead
 from tunemap.errors import UserError
 from tunemap.files import damaged, read_json, read_sealed, write_atomic, write_json, write_sealed
+from tunemap.measure.clock import process_age_s
 from tunemap.run import Run
 from tunemap.startup import quick_imports
 from tunemap.training import finished, parent
-from tunemap.training.devices import Devices, lease_devices
+from tunemap.training.devices import Devices, device_kind, lease_devices
 from tunemap.training.failure import Failure, describe, how_it_ended, is_of_storage, leave_failure, read_failures
 from tunemap.training.heartbeat import Heartbeat, Watchdog
 from tunemap.training.hostmemory import explained, oom_kills
@@ -63,6 +67,7 @@ def evaluate_to_files(
         "reason": None,
     }
     rows: list[dict[str, Any]] = []
+    failure: Failure | None = None
     if trained["digest"] != run.training_digest:
         result |= {"outcome": "error", "reason": f"{outcome} is of another configuration: train the run again"}
     elif trained["outcome"] != "ok":
@@ -72,7 +77,11 @@ def evaluate_to_files(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         kills = oom_kills()
-        failure = _run_processes(run, device, model=model, tokens=tokens, weights=weights, work=work)
+        due = ahead.Evaluation(run, model, tokens, outcome, weights, results=evaluation.parent)
+        with ahead.alone(due.results, wait=True):  # who evaluates this run ahead of its job is waited for
+            if not _was_made(due, device, work):
+                study = ahead.study_of(run, evaluation, os.environ)
+                failure = _run_processes(run, device, study, work=work, model=model, tokens=tokens, weights=weights)
         if failure is not None:
             failure = explained(failure, kills=oom_kills() - kills, attempts_left=attempts_left)
         if failure is None:
@@ -88,6 +97,19 @@ def evaluate_to_files(
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(predictions, text)
     write_sealed(evaluation, result | {"predictions_sha256": hashlib.sha256(text.encode()).hexdigest()})
+    (evaluation.parent / ahead.AHEAD).unlink(missing_ok=True)
+
+
+def _was_made(evaluation: ahead.Evaluation, device: str, work: Path) -> bool:
+    """Take the share that the job of another run has made of this one, if there is one."""
+    if not (evaluation.results / ahead.AHEAD).exists():  # asking for the device takes a moment
+        return False
+    share = ahead.made_of(evaluation, device_kind(device))
+    if share is None:
+        return False
+    print("evaluated by the process of another run's job", flush=True)
+    write_json(work / _share_of(0), share)
+    return True
 
 
 def _undamaged(outcome: Path, weights: Path) -> dict[str, Any]:
@@ -113,8 +135,15 @@ def _combined(run: Run, work: Path, tokens: Path) -> tuple[dict[str, Any], list[
     return summary, [asdict(prediction) for prediction in predictions]
 
 
-def _run_processes(run: Run, device: str, *, work: Path, **folders: Path) -> Failure | None:
-    """Run all processes to their end, or all of them to the failure of the first."""
+def _share_of(rank: int) -> str:
+    return f"share.rank{rank}.json"
+
+
+def _run_processes(run: Run, device: str, study: Path | None, *, work: Path, **folders: Path) -> Failure | None:
+    """Run all processes to their end, or all of them to the failure of the first.
+
+    With a `study` the one process goes on with other runs of it, and what becomes of that is no failure of this one.
+    """
     count = run.factors.gpus // run.factors.nodes  # an evaluation keeps to one node
     write_json(work / RUN_FILE, run.evaluation_spec())
     processes: list[subprocess.Popen[bytes]] = []
@@ -122,9 +151,10 @@ def _run_processes(run: Run, device: str, *, work: Path, **folders: Path) -> Fai
         with lease_devices(device, count) as devices:
             try:
                 for rank in range(count):
-                    command = _command(work, devices.kind, rank, count, folders)
+                    command = _command(work, devices.kind, rank, count, folders | ({"study": study} if study else {}))
                     processes.append(subprocess.Popen(command, env=_environment(run, devices, rank)))
-                return _wait(processes, work)
+                failure = _wait(processes, work)
+                return None if study and (work / _share_of(0)).exists() else failure
             finally:
                 for process in processes:
                     process.kill()  # those that have ended do not mind
@@ -187,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("run-file", "model", "tokens", "weights", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--study", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--processes", type=int, required=True)
@@ -205,18 +236,21 @@ def _evaluate_share(arguments: argparse.Namespace) -> None:
         from tunemap.evaluate import evaluate_share
 
     heartbeat = Heartbeat(arguments.work, arguments.rank)
-    share = evaluate_share(
-        Run.from_json(arguments.run_file.read_text()),
-        arguments.model,
-        arguments.weights,
-        arguments.tokens,
+    evaluate = partial(
+        evaluate_share,
         device=arguments.device,
         rank=arguments.rank,
         world_size=arguments.processes,
         beat=lambda batch: heartbeat.beat(batch, "forward"),
     )
+    run = Run.from_json(arguments.run_file.read_text())
+    start_s = process_age_s()
+    share = evaluate(run, arguments.model, arguments.weights, arguments.tokens)
+    write_json(arguments.work / _share_of(arguments.rank), share.to_json())
+    if arguments.study is not None:
+        own_s = process_age_s() - start_s
+        ahead.go_on(run, arguments.study, device=arguments.device, start_s=start_s, own_s=own_s, evaluate=evaluate)
     heartbeat.stop()
-    write_json(arguments.work / f"share.rank{arguments.rank}.json", share.to_json())
 
 
 if __name__ == "__main__":

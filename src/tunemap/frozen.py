@@ -19,12 +19,12 @@ from tunemap.errors import UserError
 from tunemap.files import read_json, write_atomic
 from tunemap.models.locate import model_files
 from tunemap.paths import expanded
+from tunemap.planned import VARIABLE, run_of
 from tunemap.planner.cache import known_prediction
 from tunemap.planner.prediction import Prediction
 from tunemap.run import Run, canonical_json, digest
 from tunemap.study import Plan
 
-VARIABLE = "TUNEMAP_FROZEN_PLAN"
 REPORT_WORDING = ("title", "introduction")  # what only the report reads
 PLACES = ("data_root",)  # where things lie, which no table depends on
 
@@ -55,7 +55,7 @@ class FrozenPlan:
     @cached_property
     def runs(self) -> dict[str, Run]:
         """All runs by id."""
-        return {name: _run(values) for name, values in self.values["runs"].items()}
+        return {name: run_of(values) for name, values in self.values["runs"].items()}
 
     @cached_property
     def _by_key(self) -> dict[str, dict[str, Run]]:
@@ -147,10 +147,6 @@ def thaw(environment: MutableMapping[str, str]) -> FrozenPlan | None:
         return None
     absolute, report_file, tables_file = json.loads(environment[VARIABLE])
     return FrozenPlan(report_file, tables_file, read_json(Path(absolute)))
-
-
-def _run(values: dict[str, Any]) -> Run:
-    return Run.from_json(canonical_json({key: values[key] for key in Run.model_fields}))
 
 
 def _write(folder: Path, name: str, values: dict[str, Any]) -> Path:

@@ -2,8 +2,9 @@
 
 Raw files are steps.csv, predictions.jsonl, the plan, and what a run measured once (memory, energy, parts of its time).
 Everything else follows from them: summaries in outcome.json and evaluation.json, gates, digests, and all tables.
-Drawings, the page and the database are not made again: in an artifact their checksums are compared, elsewhere it is
-only seen that they are there. A file that cannot be read is a difference, and the others are still looked at.
+The database is made again and compared. Drawings and the page are not: in an artifact their checksums are compared,
+elsewhere it is only seen that they are there. A file that cannot be read is a difference, and the others are still
+looked at.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ PLAN = "plan.json"
 PLAN_KEYS = ("study", "report", "hardware", "experiments", "runs")
 FIGURES = "figures/figures.json"
 PREDICTION_KEYS = {"id", "output", "reference", "correct"}
-MADE_LAST = (FIGURES, "report.html", "study.sqlite")  # of a finished study, besides its tables
+DATABASE = "study.sqlite"
+MADE_LAST = (FIGURES, "report.html", DATABASE)  # of a finished study, besides its tables
 CHECKSUMS = "SHA256SUMS"  # at the root of an artifact
 RELATIVE_TOLERANCE = 1e-9  # of sums taken again in the same order, after a round trip through decimal text
 
@@ -48,11 +50,11 @@ def run_verify(args: argparse.Namespace) -> int:
             print(f"note: {others} runs were made by other sources of this package, whose definitions may differ")
         print(f"{len(differences)} difference(s) between the results of {runs} runs and what follows from their files")
         return 1
-    print(f"{runs} runs: digests, summaries, gates, tables and captions all follow from the raw files")
+    print(f"{runs} runs: digests, summaries, gates, tables, database and captions all follow from the raw files")
     if _checksums(args.results).is_file():
         print(f"every file has its checksum in {CHECKSUMS}")
     else:
-        print(f"drawings, report.html and study.sqlite are there; only an artifact's {CHECKSUMS} shows changes in them")
+        print(f"drawings and report.html are there; only an artifact's {CHECKSUMS} shows changes in them")
     return 0
 
 
@@ -87,9 +89,12 @@ def verify(results_dir: Path) -> list[str]:
         differences += _plan_differences(run, planned)
         differences += _checked(outcome, _run_differences(outcome, planned))
         differences += _checked(evaluation, _evaluation_differences(evaluation, planned))
-    differences += [*_measurement_table_differences(results_dir, plan), *_table_differences(results_dir, plan)]
-    differences += _missing(results_dir)
+    differences += _measurement_table_differences(results_dir, plan)
+    of_tables = list(_table_differences(results_dir, plan))
+    differences += [*of_tables, *_missing(results_dir)]
     differences += _checked(results_dir / FIGURES, _figure_differences(results_dir))
+    if not of_tables:  # the database is made of the tables, and would say the same again
+        differences += _checked(results_dir / DATABASE, _database_differences(results_dir))
     return list(dict.fromkeys(differences))  # a file that several checks read is damaged once
 
 
@@ -379,6 +384,16 @@ def _figure_differences(results_dir: Path) -> Iterator[str]:
     for name in dict.fromkeys([*found, *due]):
         if found.get(name) != due.get(name):
             yield f"{path}: {name} is not what the tables give"
+
+
+def _database_differences(results_dir: Path) -> Iterator[str]:
+    """Rows of the database, which has the tables and most of the raw files' contents."""
+    from tunemap.report.database import database_differences
+
+    path = results_dir / DATABASE
+    if path.is_file() and path.stat().st_size:
+        for difference in database_differences(path, results_dir / PLAN, results_dir):
+            yield f"{path}: {difference}"
 
 
 def _first_difference(found: str, expected: str) -> str:

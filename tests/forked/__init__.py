@@ -5,6 +5,7 @@ What runs in them is what the launcher starts. A worker imports for seconds and 
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from multiprocessing.process import BaseProcess
@@ -61,6 +62,10 @@ def _work(arguments: list[str], environment: dict[str, str]) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
+    for folder in environment["PYTHONPATH"].split(os.pathsep):
+        if (customised := Path(folder) / "sitecustomize.py").exists():  # Python runs the first when it starts
+            runpy.run_path(str(customised))
+            break
     from tunemap.training import worker
 
     sys.argv = [worker.__file__, *arguments]

@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import re
+import sqlite3
 import tarfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tunemap.data.answers import score
 from tunemap.errors import UserError
 from tunemap.report import artifact, figures
 from tunemap.report.artifact import pack
+from tunemap.report.database import write_database
 from tunemap.report.figures import write_figures
 from tunemap.run import Run
 from tunemap.statistics import wilson
@@ -122,6 +125,12 @@ def write_evaluation(folder: Path, run: Run, correct: int) -> None:
     write(folder / "evaluation.json", evaluation)
 
 
+def collect_again(results: Path) -> None:
+    """Make the tables, and the database that is made of them."""
+    write_tables(results / "plan.json", results)
+    write_database(results / "plan.json", results, results / "study.sqlite")
+
+
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """results/STUDY with a base row, a full and a LoRA run, and the tables that follow from them; it has no figures."""
@@ -148,10 +157,9 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for index, (name, run) in enumerate(runs.items()):
         write_run(results / "runs" / name, run, slow=0.01 * (1 + index))
         write_evaluation(results / "evaluations" / name, run, correct=5 + index)
-    write_tables(results / "plan.json", results)
+    collect_again(results)
     write(results / "figures" / "figures.json", [])
     (results / "report.html").write_text("<html></html>")
-    (results / "study.sqlite").write_text("a database")
     return results
 
 
@@ -165,7 +173,9 @@ def test_a_sound_study_has_no_difference(study: Path, capsys: pytest.CaptureFixt
     parser = argparse.ArgumentParser()
     add_verify_arguments(parser)
     assert run_verify(parser.parse_args([str(study)])) == 0
-    assert "3 runs: digests, summaries, gates, tables and captions all follow" in (said := capsys.readouterr().out)
+    assert "3 runs: digests, summaries, gates, tables, database and captions all follow" in (
+        said := capsys.readouterr().out
+    )
     assert "only an artifact's SHA256SUMS shows changes in them" in said
 
 
@@ -210,7 +220,7 @@ def test_the_parts_of_the_peak_follow_from_the_rank_that_has_it(study: Path) -> 
     ]
     parts = {"optimizer_bytes": 500, "activations_bytes": 1500}
     edit(path, memory_by_rank=ranks, measurements=outcome["measurements"] | parts)
-    write_tables(study / "plan.json", study)
+    collect_again(study)
     assert verify(study) == []
     edit(path, measurements=outcome["measurements"] | parts | {"optimizer_bytes": 900})
     only(verify(study), "optimizer_bytes is 900, the other columns give 500")
@@ -273,7 +283,7 @@ def test_a_changed_table_is_found_at_its_line(study: Path, name: str, capsys: py
 def test_a_changed_calibration_is_found_and_another_studys_is_not(study: Path) -> None:
     peak = {"predicted_peak_bytes": 2100, "step_seconds_low": None, "step_seconds_high": None, "device": "cpu"}
     write(study / "predictions.json", {"lora": peak | {"flops_per_step": 1, "communication_bytes_per_step": 0}})
-    write_tables(study / "plan.json", study)
+    collect_again(study)
     path = study / "calibration.csv"
     path.write_text(path.read_text() + "other,lora,d,cpu,1,1\n")
     assert verify(study) == []
@@ -364,6 +374,42 @@ def test_facts_from_which_no_figure_can_be_drawn_are_a_difference(
 
     monkeypatch.setattr(figures, "describe", describe)
     only(verify(study), "figures.json: figures cannot be derived", str(error))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("DELETE FROM answers", "table answers, row 1: missing"),
+        (
+            "UPDATE answers SET correct = 0 WHERE id = 'q3' AND run = 'full'",
+            "table answers, row 14: correct is 0, the study's files give 1",
+        ),
+        (
+            "UPDATE runs SET step_time_mean_s = step_time_mean_s * (1 + 1e-9)",
+            "table runs, row 2: step_time_mean_s",
+        ),
+        ("INSERT INTO losses (run) VALUES ('full')", "table losses, row 13: the study's files have none"),
+        ("DROP VIEW pareto_front", "pareto_front is missing"),
+        ("CREATE TABLE more (run)", "more is not made as it is of the study's files"),
+    ],
+)
+def test_a_changed_database_is_found(study: Path, change: str, said: str) -> None:
+    with closing(sqlite3.connect(study / "study.sqlite")) as connection, connection:
+        connection.execute(change)
+    (difference,) = verify(study)
+    assert difference.startswith(f"{study / 'study.sqlite'}: {said}")
+
+
+def test_a_database_of_another_sqlite_may_read_decimals_a_little_otherwise(study: Path) -> None:
+    with closing(sqlite3.connect(study / "study.sqlite")) as connection, connection:
+        connection.execute("UPDATE runs SET step_time_mean_s = step_time_mean_s * (1 + 4e-16)")
+        assert connection.total_changes > 0
+    assert verify(study) == []
+
+
+def test_what_is_no_database_is_found(study: Path) -> None:
+    (study / "study.sqlite").write_text("a database")
+    assert verify(study) == [f"{study / 'study.sqlite'}: damaged (file is not a database)"]
 
 
 def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,52 @@ def write_database(plan_path: Path, results_dir: Path, output: Path) -> None:
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def database_differences(database: Path, plan_path: Path, results_dir: Path) -> Iterator[str]:
+    """Where a database is not what `write_database` makes of the study now: by table, its first other row."""
+    with tempfile.TemporaryDirectory() as scratch:
+        again = Path(scratch) / "again.sqlite"
+        write_database(plan_path, results_dir, again)
+        address = f"{database.resolve().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(address, uri=True)) as found, closing(sqlite3.connect(again)) as due:
+            try:
+                yield from _differences(found, due)
+            except sqlite3.DatabaseError as error:
+                yield f"damaged ({error})"
+
+
+def _differences(found: sqlite3.Connection, due: sqlite3.Connection) -> Iterator[str]:
+    made = "SELECT name, sql FROM sqlite_master"
+    definitions, expected = (dict(connection.execute(made)) for connection in (found, due))
+    for name in dict.fromkeys([*expected, *definitions]):
+        if definitions.get(name) != expected.get(name):
+            state = "is missing" if name not in definitions else "is not made as it is of the study's files"
+            yield f"{name} {state}"
+        elif name in TABLES:
+            rows, rows_due = (connection.execute(f"SELECT * FROM {name}") for connection in (found, due))
+            columns = [column for column, *_ in rows.description]
+            for number, (row, other) in enumerate(zip_longest(rows, rows_due), 1):
+                if (difference := _of_rows(columns, row, other)) is not None:
+                    yield f"table {name}, row {number}: {difference}"
+                    break
+
+
+def _of_rows(columns: list[str], row: tuple[Any, ...] | None, due: tuple[Any, ...] | None) -> str | None:
+    """How a row differs from what it should be; None if it does not."""
+    if row is None or due is None:
+        return "missing" if row is None else "the study's files have none"
+    for column, value, expected in zip(columns, row, due, strict=True):
+        if not _alike(value, expected):
+            return f"{column} is {value!r}, the study's files give {expected!r}"
+    return None
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Equal; real numbers to 12 digits, for SQLite's own reading of decimals differs between its versions."""
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=1e-12)
+    return bool(value == other)
 
 
 def _write(connection: sqlite3.Connection, plan: dict[str, Any], results_dir: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunemap.errors import UserError, refuse_outside
+from tunemap.files import naming
 
 SUMMARY = "summary.json"
 FORMATS = ("csv", "parquet")
@@ -194,6 +195,7 @@ def trace_kind(path: Path) -> str:
 
 def load_run(path: Path, options: Any) -> Any:
     """Facts of a trace, or those that an earlier call wrote to a folder."""
+    from tunemap.trace.compare import check_comparable
     from tunemap.trace.facts import Facts, compute_facts
 
     if not path.is_dir():
@@ -205,7 +207,10 @@ def load_run(path: Path, options: Any) -> Any:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: damaged ({error}); write it again with tunemap facts") from None
-    return Facts(summary, {name: read_table(path, name) for name in ("phases", "copies", "gaps")})
+    facts = Facts(summary, {name: read_table(path, name) for name in ("phases", "copies", "gaps")})
+    with naming(path):
+        check_comparable(facts)
+    return facts
 
 
 def read_table(folder: Path, name: str) -> dict[str, list[Any]]:

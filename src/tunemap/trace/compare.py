@@ -83,6 +83,13 @@ def compare_facts(a: Facts, b: Facts) -> Comparison:
     return Comparison(summary, table)
 
 
+def check_comparable(facts: Facts) -> None:
+    """Read what a comparison reads; raises what reading it raises where facts that were kept lack some of it."""
+    for device in facts.summary["devices"]:
+        int(device["step_count"])
+    _parts(facts, per_step=False)
+
+
 def _parts(facts: Facts, per_step: bool) -> dict[Key, Fraction]:
     """Mean over the devices of the nanoseconds of each part, per step if asked; they sum to the mean window."""
     devices = facts.summary["devices"]

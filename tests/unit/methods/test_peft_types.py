@@ -297,6 +297,24 @@ def test_data_driven_starts_ask_for_data_and_leave_no_trace():
     assert peft_model.get_base_model().model.layers[0].training
 
 
+def test_eva_without_enough_tokens_to_look_at_is_refused():
+    """PEFT would go through such batches forever."""
+    batch = batch_for("CAUSAL_LM")
+    few = batch | {"labels": batch["labels"].masked_fill(torch.arange(16) >= 3, -100)}  # 12 of 64 tokens are learned
+    model = tiny_model("EVA", "CAUSAL_LM")
+    config = build_config("EVA", {"r": 8}, model=model, task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="r times rho is 16, and no estimation batch has more than 12 tokens"):
+        apply_peft(model, config, batches=[few] * 2)
+
+
+def test_eva_that_never_settles_is_refused(monkeypatch):
+    monkeypatch.setattr(peft_types._SomePasses, "PASSES", 1)
+    model = tiny_model("EVA", "CAUSAL_LM")
+    config = build_config("EVA", {}, model=model, task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="its vectors have not settled in 1 passes"):
+        apply_peft(model, config, batches=[batch_for("CAUSAL_LM")])  # a second look would show that they stand still
+
+
 def test_applying_draws_nothing_from_the_callers_random_stream():
     draws = []
     for name in ("LORA", "VERA", "CORDA"):

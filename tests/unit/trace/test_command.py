@@ -195,6 +195,24 @@ def test_a_damaged_summary_is_one_clear_message(tmp_path):
         run("--compare", tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        (lambda summary: summary.pop("devices"), "no 'devices'"),
+        (lambda summary: summary["devices"][0].pop("step_count"), "no 'step_count'"),
+        (lambda summary: summary["devices"].clear(), "no "),  # the tables have a device that the summary has not
+    ],
+)
+def test_facts_that_lack_what_a_comparison_reads_are_one_clear_message(export, tmp_path, change, missing):
+    out = tmp_path / "out"
+    run(export, "--out", out)
+    summary = json.loads((out / "summary.json").read_text())
+    change(summary)
+    (out / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=rf"out: damaged \({missing}"):
+        run("--compare", out, out)
+
+
 def test_a_table_cut_anywhere_is_damaged_or_ends_with_a_row(export, tmp_path):
     out = tmp_path / "out"
     run(export, "--out", out)

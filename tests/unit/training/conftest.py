@@ -78,8 +78,8 @@ def make_run_fixture():
     return make_run
 
 
-def make_run(method: dict[str, Any], **factors: Any) -> Run:
-    """A run of the tiny model with the factors above, but for those given."""
+def make_run(method: dict[str, Any], *, named: dict[str, Any] | None = None, **factors: Any) -> Run:
+    """A run of the tiny model with the factors above, but for those given; `named`: another model and its rows."""
     return Run.model_validate(
         {
             "id": "tiny",
@@ -92,6 +92,7 @@ def make_run(method: dict[str, Any], **factors: Any) -> Run:
             "prompt_template": None,
             "factors": Factors(**(FACTORS | factors)),
         }
+        | (named or {})
     )
 
 
@@ -122,10 +123,11 @@ def run_once(
     *,
     device: str = "cpu",
     ceilings: Path | None = None,
+    named: dict[str, Any] | None = None,
     **factors: Any,
 ) -> Ended:
     """Launch a run in processes of its own, and read what it left in `folder`."""
-    run = make_run(method, **factors)
+    run = make_run(method, named=named, **factors)
     paths = Paths(
         model=prepared.model,
         dataset=prepared.dataset,

@@ -15,6 +15,7 @@ from tunemap.training import launch
 from tunemap.training.devices import Devices
 from tunemap.training.failure import describe
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 LORA = {"kind": "lora", "rank": 2}
 
 SITECUSTOMIZE = """
@@ -43,7 +44,10 @@ def breakage(module):
         return original(*arguments)
     module.loss_sum = loss_sum
 
-sys.meta_path.insert(0, Breaker())
+if "tunemap.training.loop" in sys.modules:  # of a worker that was forked
+    breakage(sys.modules["tunemap.training.loop"])
+else:
+    sys.meta_path.insert(0, Breaker())
 """
 
 

@@ -5,16 +5,18 @@ import io
 from dataclasses import replace
 
 import pytest
-from transformers import BertConfig, OPTConfig
+from transformers import BertConfig, DistilBertConfig, OPTConfig
 
 from tunemap import corpora, models
-from tunemap.config import RandomModel
+from tunemap.config import DatasetConfig, RandomModel
+from tunemap.data import sources
+from tunemap.data.tokens import tokenize
 from tunemap.gates.validity import gates
 from tunemap.measure import environment
 from tunemap.measure.ceiling import Ceiling, store
 from tunemap.measure.ranks import PARTS as MEMORY_PARTS
 
-from .conftest import run_once
+from .conftest import Prepared, run_once
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 RUN_GATES = {  # those that every trained run must have
@@ -163,6 +165,22 @@ def test_packed_rows_of_a_model_that_does_not_heed_positions_are_invalid(prepare
     assert ended.outcome["outcome"] == outcome
     assert ended.gate("documents_apart")["passed"] is (outcome == "ok")
     assert ended.steps
+
+
+def test_a_classification_of_texts_that_are_cut_is_invalid(tmp_path):
+    shape = {"vocab_size": 512, "dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    DistilBertConfig(**shape, architectures=["DistilBertForMaskedLM"]).save_pretrained(tmp_path / "config")
+    corpora.build_sentiment_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = RandomModel(source="random", config="config", tokenizer="tokenizer")
+    dataset = DatasetConfig(task="sst2", source="made", train_rows=40, test_rows=8)
+    texts = Prepared(*(tmp_path / name for name in ("model", "rows", "tokens")))
+    models.prepare(model, texts.model, data_root=tmp_path)
+    sources.prepare(dataset, texts.dataset, data_root=None)
+    tokenize(texts.dataset, texts.model, texts.tokens, max_length=4, prompt_template=None, system_prompt=None)
+    named = {"model_name": "distilbert", "model": model, "dataset_name": "sst2", "dataset": dataset}
+    ended = run_once(texts, tmp_path / "run", {"kind": "full"}, max_length=4, named=named)
+    assert ended.outcome["outcome"] == "invalid"
+    assert "% of texts are cut at max_length 4" in ended.outcome["reason"]
 
 
 def run_of_another_model(prepared, folder, config, **factors):

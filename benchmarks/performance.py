@@ -37,7 +37,7 @@ COMMANDS = {
     "overhead": "overhead.py",
     "lean-step": "lean_step.py",
     "waterfall": "waterfall.py --rounds 5",
-    "peers": "peers.py --rounds 6",
+    "peers": "peers.py --rounds 6 --steps 16 --turns 6",
     "startup": "startup.py",
     "gora-throughput": "gora_throughput.py",
     "tokenisation": "tokenisation.py",

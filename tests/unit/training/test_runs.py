@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,8 @@ RUN_GATES = {  # those that every trained run must have
     *("trained_weights", "ranks_disjoint", "batches", "throughput", "training_time", "wall", "flops"),
 }
 
+TIMES = {"cpu_share", "wall", "training_time"}  # gates that a machine's other users may trip
+
 
 def tripped(ended) -> list[str]:
     """Gates that tripped, but for the one that speaks of the machine's other users.
@@ -34,8 +37,18 @@ def tripped(ended) -> list[str]:
     """
     names = {gate["gate"]: gate["message"] for gate in ended.outcome["gates"] if not gate["passed"]}
     shared = len(ended.outcome["memory_by_rank"]) > 1
-    excused = {"cpu_share", "wall", "training_time"} if "cpu_share" in names or shared else set()
+    excused = TIMES if "cpu_share" in names or shared else set()
     return [message for name, message in names.items() if name not in excused]
+
+
+def undisturbed(train, *arguments, **factors):
+    """A run, made again once if gates on times alone tripped: a disk that stalls takes half of so short a training."""
+    ended = train(*arguments, **factors)
+    names = {gate["gate"] for gate in ended.outcome["gates"] if not gate["passed"]}
+    if not names or names - TIMES:
+        return ended
+    shutil.rmtree(ended.paths.work)  # the results that are kept there would be handed over
+    return train(*arguments, **factors)
 
 
 def rows(ended) -> list[dict[str, str]]:
@@ -45,7 +58,8 @@ def rows(ended) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def lora(train_once):
     """A LoRA run with recomputation, gradient accumulation and autocast."""
-    return train_once(
+    return undisturbed(
+        train_once,
         {"kind": "lora", "rank": 4},
         gradient_checkpointing=True,
         gradient_accumulation=2,
@@ -97,7 +111,7 @@ def test_full_fine_tuning_measures_utilisation_against_the_ceiling(train, tmp_pa
     with monkeypatch.context() as context:  # the ceiling of a CPU belongs to a number of threads, here the run's
         context.setattr(environment, "_compute_threads", lambda: 1)
         store(ceilings, "cpu", Ceiling("float32", 1e12, 512, 2))
-    ended = train({"kind": "full"}, ceilings=ceilings, attention="eager")
+    ended = undisturbed(train, {"kind": "full"}, ceilings=ceilings, attention="eager")
     assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
     assert tripped(ended) == []
     values = ended.measurements
@@ -107,7 +121,7 @@ def test_full_fine_tuning_measures_utilisation_against_the_ceiling(train, tmp_pa
 
 
 def test_qlora_holds_its_base_in_4_bits_and_computes_in_16(train):
-    ended = train({"kind": "qlora", "rank": 2}, optimizer="adamw_8bit", precision="bf16", max_steps=4)
+    ended = undisturbed(train, {"kind": "qlora", "rank": 2}, optimizer="adamw_8bit", precision="bf16", max_steps=4)
     assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
     assert tripped(ended) == []
     assert "14 of 14 linear layers" in ended.gate("quantised_layers")["message"]
@@ -133,14 +147,13 @@ def test_two_ranks_agree(train):
 
 
 def test_packed_rows_are_computed_without_padding_and_attention_across_documents(train):
-    ended = train({"kind": "lora", "rank": 2}, batching="packed", per_device_batch_size=3, max_steps=4)
+    ended = undisturbed(train, {"kind": "lora", "rank": 2}, batching="packed", per_device_batch_size=3, max_steps=4)
     assert ended.outcome["outcome"] == "ok", ended.outcome["reason"]
     assert tripped(ended) == []
     assert {"documents_apart", "flops", "batches"} <= {gate["gate"] for gate in ended.outcome["gates"]}
     assert ended.measurements["padding_waste_share"] == 0
-    padded = train(
-        {"kind": "lora", "rank": 2}, batching="packed", attention="eager", per_device_batch_size=3, max_steps=4
-    )
+    eager = {"attention": "eager", "per_device_batch_size": 3, "max_steps": 4}
+    padded = undisturbed(train, {"kind": "lora", "rank": 2}, batching="packed", **eager)
     assert padded.measurements["padding_waste_share"] > 0
     losses = [[float(row["loss"]) for row in rows(one)] for one in (ended, padded)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunemap.errors import UserError
 from tunemap.files import DAMAGE, read_object, sha256_of, write_json
-from tunemap.planned import planned_runs
+from tunemap.planned import planned_runs, run_of
 from tunemap.run import Run
 from tunemap.sources import planned_digest
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SCRIPT = Path(__file__).resolve().parents[2] / "workflow" / "scripts" / "evaluate_run.py"
 AHEAD = "ahead.json"
 LIMIT_S = 20.0  # of other runs' evaluations in one job: whoever waits for its own run is not kept for longer
+SEARCH_S = 1.0  # for the next run: among ten thousand, most of which may be evaluated
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,15 @@ def go_on(own: Run, study: Path, *, device: str, start_s: float, own_s: float, e
 
     start_s: what the start of this process took. own_s: what the evaluation of its own run took, loading included.
     """
-    began, last_s = time.monotonic(), own_s
-    for other in _others(own, study):
-        if last_s >= start_s or time.monotonic() - began + last_s > LIMIT_S:
+    began = idle_since = time.monotonic()
+    last_s = own_s
+    for planned in _from(own.id, planned_runs(os.environ)):
+        now = time.monotonic()
+        if last_s >= start_s or now - began + last_s > LIMIT_S or now - idle_since > SEARCH_S:
             return
+        other = _like(own, planned, study)
+        if other is None:
+            continue
         with alone(other.results, wait=False) as is_ours:
             if not is_ours or _is_evaluated(other) or made_of(other, device) is not None:
                 continue
@@ -115,20 +121,27 @@ def go_on(own: Run, study: Path, *, device: str, start_s: float, own_s: float, e
             except Exception as error:
                 print(f"left to its own job: {type(error).__name__}: {error}", flush=True)
                 return
-            last_s = time.monotonic() - started
+        idle_since = time.monotonic()
+        last_s = idle_since - started
 
 
-def _others(own: Run, study: Path) -> Iterator[Evaluation]:
-    """Trained runs of the running workflow that this process could evaluate as they would be: its own's like."""
-    for run in planned_runs(os.environ):
-        if run.id != own.id and _is_like(run, own):
-            found = _evaluation_of(run, study)
-            if _is_trained(found):
-                yield found
+def _from(own: str, planned: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All runs but its own, those behind it first: or each job would look through all that are evaluated."""
+    names = list(planned)
+    at = names.index(own) if own in planned else 0
+    return (planned[name] for name in [*names[at:], *names[:at]] if name != own)
 
 
-def _is_like(run: Run, own: Run) -> bool:
-    """Whether a process made for `own` has what `run` needs, and its evaluation takes about as long."""
+def _like(own: Run, planned: dict[str, Any], study: Path) -> Evaluation | None:
+    """A trained run that a process made for `own` could evaluate as its own process would, in about `own`'s time."""
+    if (planned["model_name"], planned["dataset_name"]) != (own.model_name, own.dataset_name):
+        return None
+    run = run_of(planned)
+    found = _evaluation_of(run, study)
+    return found if _needs_the_same(run, own) and _is_trained(found) else None
+
+
+def _needs_the_same(run: Run, own: Run) -> bool:
     same = ("gpus", "threads_per_process", "max_new_tokens", "evaluation_batch_size")
     return (run.model_key, run.tokens_key) == (own.model_key, own.tokens_key) and all(
         getattr(run.factors, name) == getattr(own.factors, name) for name in same

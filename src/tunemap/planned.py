@@ -6,7 +6,7 @@ Apart from it, so that what only asks for the runs does not depend on how a stud
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from tunemap.run import Run, canonical_json
 VARIABLE = "TUNEMAP_FROZEN_PLAN"  # a list of files, of which the first has the whole plan
 
 
-def planned_runs(environment: Mapping[str, str]) -> Iterator[Run]:
-    """All runs in the plan's order; none where no workflow spawned this process."""
-    if VARIABLE in environment:
-        whole, *_ = json.loads(environment[VARIABLE])
-        for planned in read_json(Path(whole))["runs"].values():
-            yield run_of(planned)
+def planned_runs(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What the plan says of each run, by its id; nothing where no workflow spawned this process."""
+    if VARIABLE not in environment:
+        return {}
+    whole, *_ = json.loads(environment[VARIABLE])
+    runs: dict[str, dict[str, Any]] = read_json(Path(whole))["runs"]
+    return runs
 
 
 def run_of(planned: dict[str, Any]) -> Run:

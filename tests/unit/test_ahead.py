@@ -158,6 +158,21 @@ def test_it_ends_where_a_process_of_its_own_is_no_dearer(study: Path, monkeypatc
     assert go_on(study, nothing, start_s=5, own_s=0.01) == ["b", "c"]
 
 
+def test_runs_behind_its_own_come_first_and_a_long_search_ends(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def note(run: Run, *_: Any) -> Share:
+        order.append(run.id)
+        return SHARE
+
+    ahead.go_on(make_run("b"), study, device="cpu", start_s=5, own_s=0.1, evaluate=note)
+    assert order == ["c", "a"]
+    monkeypatch.setattr(ahead, "SEARCH_S", -1.0)
+    plan(study, *(make_run(name) for name in "abcd"))
+    ahead.go_on(make_run("b"), study, device="cpu", start_s=5, own_s=0.1, evaluate=note)
+    assert order == ["c", "a"]
+
+
 @pytest.mark.parametrize(
     "other",
     [{"max_length": 32}, {"max_new_tokens": 9}, {"evaluation_batch_size": 2}, {"threads_per_process": 2}, {"gpus": 2}],

@@ -6,7 +6,7 @@ import pytest
 
 from tunemap.errors import UserError
 from tunemap.frozen import freeze, thaw
-from tunemap.planned import VARIABLE, planned_runs
+from tunemap.planned import VARIABLE, planned_runs, run_of
 from tunemap.study_file import load_plan
 
 STUDY = """\
@@ -35,7 +35,7 @@ def frozen(path, folder, text=STUDY, data_root=None):
 
 def test_the_first_process_has_nothing_to_thaw():
     assert thaw({}) is None
-    assert list(planned_runs({})) == []
+    assert planned_runs({}) == {}
 
 
 def test_round_trip(study, tmp_path):
@@ -47,7 +47,7 @@ def test_round_trip(study, tmp_path):
     assert (again.report_file, again.tables_file) == (first.report_file, first.tables_file)
     assert again.values == json.loads(json.dumps(first.values))
     assert list(again.runs) == list(plan.runs)
-    assert {run.id: run for run in planned_runs(environment)} == again.runs
+    assert {name: run_of(planned) for name, planned in planned_runs(environment).items()} == again.runs
     for name, run in plan.runs.items():
         for spec in ("training_spec", "evaluation_spec"):
             assert getattr(again, spec)(name) == getattr(first, spec)(name)

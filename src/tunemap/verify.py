@@ -134,9 +134,9 @@ def _plan(results_dir: Path) -> dict[str, Any]:
 
 
 def _plan_differences(run: str, planned: dict[str, Any]) -> Iterator[str]:
-    from tunemap.run import Run, canonical_json
+    from tunemap.planned import run_of
 
-    found = Run.from_json(canonical_json({key: planned[key] for key in Run.model_fields}))
+    found = run_of(planned)
     for name, digest in (("digest", found.training_digest), ("evaluation_digest", found.evaluation_digest)):
         if planned[name] != digest:
             yield f"{PLAN}: run {run}: {name} is {planned[name]}, its factors give {digest}"

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,18 @@ def test_one_process_evaluates_all_and_each_job_writes_what_it_would_have_made(
     assert {path.name for path in (study / "evaluations" / "b").iterdir()} == {"evaluation.json", "predictions.jsonl"}
 
 
-@pytest.mark.parametrize("change", ["outcome", "models", "tokens", "device", "source", "damage"])
+@pytest.mark.parametrize("change", ["digest", "host", "outcome", "models", "tokens", "device", "source", "damage"])
 def test_what_was_made_from_other_things_is_not_taken(
     study: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert go_on(study, nothing) == ["b", "c"]
     found = ahead._evaluation_of(make_run("b"), study)
     assert ahead.made_of(found, "cpu") == SHARE.to_json()
-    if change == "outcome":
+    if change == "digest":
+        found = replace(found, run=make_run("b", extraction="hpml"))
+    elif change == "host":
+        monkeypatch.setattr(ahead.socket, "gethostname", lambda: "another")
+    elif change == "outcome":
         write_sealed(found.outcome, {"digest": found.run.training_digest, "outcome": "ok", "weights_sha256": {}})
     elif change in ("models", "tokens"):
         signature = ahead._signature
@@ -153,8 +158,8 @@ def test_a_file_that_changes_changes_the_signature_of_its_folder(tmp_path: Path)
 
 def test_it_ends_where_a_process_of_its_own_is_no_dearer(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert go_on(study, nothing, start_s=5, own_s=6) == []
-    monkeypatch.setattr(ahead, "LIMIT_S", 0.05)
-    assert go_on(study, nothing, start_s=5, own_s=0.1) == []  # one more may take as long as the limit of all
+    monkeypatch.setattr(ahead, "LIMIT_S", 3.0)
+    assert go_on(study, nothing, start_s=5, own_s=4) == []  # one more may take as long as the limit of all
     assert go_on(study, nothing, start_s=5, own_s=0.01) == ["b", "c"]
 
 

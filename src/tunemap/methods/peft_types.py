@@ -8,14 +8,14 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora import LoraLayer, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.integrations import dequantize_module_weight
@@ -25,6 +25,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from tunemap.errors import UserError
+from tunemap.methods.eva import start_along_activations
 from tunemap.methods.parameters import Shape, heads_to_save, is_quantised, linear_shapes
 from tunemap.methods.peft_registry import SUPPORTED, UNSUPPORTED, Fit, PeftMethod
 from tunemap.methods.undisturbed import Batch, LossFunction, model_loss, own_random_stream, undisturbed
@@ -130,7 +131,7 @@ def apply_peft(
             peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
             _freeze_counts(peft_model)
             if start == "eva":
-                _start_along_activations(peft_model, config, examples)
+                start_along_activations(peft_model, config, examples)
         except (ValueError, TypeError, NotImplementedError) as error:
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise UserError(f"method {kind}: PEFT refuses this model or these parameters: {error}") from error
@@ -139,53 +140,6 @@ def apply_peft(
     if start in _MOVES_WEIGHTS:
         peft_model.moved_start = _cloned(get_peft_model_state_dict(peft_model))
     return peft_model
-
-
-def _start_along_activations(peft_model: nn.Module, config: Any, batches: list[Batch]) -> None:
-    """EVA: A's rows become the first singular vectors of what enters each layer (https://arxiv.org/abs/2410.07170).
-
-    PEFT passes over a batch that has fewer tokens than it wants vectors, and goes through the batches again and again
-    until all vectors stand still: forever if it passes over all of them. UserError where they never do.
-    """
-    ranks = [config.r, *(config.rank_pattern or {}).values()]
-    vectors = max(round(rank * config.eva_config.rho) for rank in ranks)
-    most = max(_tokens_looked_at(batch, config.eva_config) for batch in batches)
-    if most < vectors:
-        raise UserError(
-            f"init_lora_weights eva: r times rho is {vectors}, and no estimation batch has more than {most} tokens to "
-            "look at; raise estimation_batch_size, or lower r or rho"
-        )
-    # The batches are the same on every process; gathered, each of their tokens would count once for each process.
-    initialize_lora_eva_weights(
-        peft_model, _SomePasses(batches), gather_distributed_inputs=False, show_progress_bar=False
-    )
-
-
-def _tokens_looked_at(batch: Batch, eva: Any) -> int:
-    looked_at = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    if eva.use_label_mask:
-        looked_at = looked_at & (batch["labels"] != eva.label_mask_value)
-    return int(looked_at.sum())
-
-
-class _SomePasses:
-    """Batches for EVA, which stands still after a few passes over them or never."""
-
-    PASSES = 50
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for _ in range(self.PASSES):
-            yield from self._batches
-        raise UserError(
-            f"init_lora_weights eva: its vectors have not settled in {self.PASSES} passes over the estimation batches; "
-            "raise estimation_batches or estimation_batch_size, or lower r or tau"
-        )
 
 
 def _freeze_counts(peft_model: nn.Module) -> None:

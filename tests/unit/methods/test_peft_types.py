@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tunemap.errors import UserError
-from tunemap.methods import peft_types
+from tunemap.methods import eva, peft_types
 from tunemap.methods.parameters import count_parameters, linear_shapes, lora_closed_form
 from tunemap.methods.peft_types import SUPPORTED, UNSUPPORTED, apply_peft, build_config
 
@@ -308,7 +308,7 @@ def test_eva_without_enough_tokens_to_look_at_is_refused():
 
 
 def test_eva_that_never_settles_is_refused(monkeypatch):
-    monkeypatch.setattr(peft_types._SomePasses, "PASSES", 1)
+    monkeypatch.setattr(eva._SomePasses, "PASSES", 1)
     model = tiny_model("EVA", "CAUSAL_LM")
     config = build_config("EVA", {}, model=model, task_type="CAUSAL_LM")
     with pytest.raises(UserError, match="its vectors have not settled in 1 passes"):

@@ -4,6 +4,7 @@ import csv
 import io
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from transformers import BertConfig, DistilBertConfig, OPTConfig
@@ -49,6 +50,21 @@ def undisturbed(train, *arguments, **factors):
         return ended
     shutil.rmtree(ended.paths.work)  # the results that are kept there would be handed over
     return train(*arguments, **factors)
+
+
+@pytest.mark.parametrize(("first", "runs"), [([], 1), (["training_time"], 2), (["training_time", "flops"], 1)])
+def test_a_run_is_made_again_where_its_times_alone_were_disturbed(tmp_path, first, runs):
+    made = []
+
+    def train(**factors):
+        tripped_now = first if not made else ["training_time"]
+        made.append(factors)
+        (tmp_path / "work").mkdir()  # fails where the first run's is still there
+        gates = [{"gate": name, "passed": False} for name in tripped_now]
+        return SimpleNamespace(outcome={"gates": gates}, paths=SimpleNamespace(work=tmp_path / "work"))
+
+    undisturbed(train, max_steps=4)
+    assert made == [{"max_steps": 4}] * runs
 
 
 def rows(ended) -> list[dict[str, str]]:
